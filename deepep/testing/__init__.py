@@ -1,0 +1,1 @@
+"""The test kit: for deepep itself and for people who write backends."""

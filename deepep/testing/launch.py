@@ -1,0 +1,324 @@
+"""Local ranks as spawned processes: `Workers` keeps them for many calls, `spawn` runs one function and returns.
+
+The functions that run on the ranks are pickled by name, so they live at the top level of an importable module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import signal
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# After one rank has failed its peers may wait for it in vain: how long they get to answer, seconds.
+_GRACE = 15.0
+_LEAVE = b"leave"
+
+
+class WorkerError(RuntimeError):
+    """A rank failed, died or did not answer; the message names it and holds its traceback where there is one."""
+
+
+@dataclass(frozen=True)
+class DeadWorker:
+    """Stands in the results of `Workers.run(..., allow_dead=True)` for a rank whose process is gone.
+
+    Attributes:
+        rank: the rank that died.
+        exitcode: its exit status, negative for the signal that killed it.
+    """
+
+    rank: int
+    exitcode: int | None
+
+
+class Workers:
+    """`num_ranks` local processes in one torch process group, kept alive between calls of `run`.
+
+    A context manager. The processes start at `__enter__` (or at the first `run`), hold one torch thread each, and are
+    gone at the latest when this process is. After a `run` that had to kill them the next `run` starts new ones.
+
+    Args:
+        num_ranks: how many processes, above 0.
+        backend: of `init_process_group`: `"gloo"`, `"nccl"`, `"cpu:gloo,cuda:nccl"`.
+        device: `"cpu"`, or `"cuda"`: then rank r works on GPU `r % device_count`.
+        timeout: how long starting, and each collective of the process group, may take, seconds.
+    """
+
+    def __init__(self, num_ranks: int, *, backend: str = "gloo", device: str = "cpu", timeout: float = 120.0) -> None:
+        if num_ranks < 1:
+            raise ValueError(f"num_ranks={num_ranks}: expected at least 1")
+        self.num_ranks = num_ranks
+        self._setup = (backend, device, timeout)
+        self._timeout = timeout
+        self._processes: list[SpawnProcess] = []
+        self._connections: list[Connection] = []
+        self._store: dist.TCPStore | None = None
+
+    def __enter__(self) -> Workers:
+        if not self._processes:
+            self._start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def pids(self) -> list[int]:
+        """The process id of every rank, e.g. to kill one in a test."""
+        return [process.pid or 0 for process in self._processes]
+
+    def run(
+        self,
+        fn: Callable[..., Any],
+        *args: Any,
+        timeout: float = 120.0,
+        allow_dead: bool = False,
+        return_exceptions: bool = False,
+    ) -> list[Any]:
+        """Calls `fn(group, *args)` on every rank, `group` being the default process group.
+
+        Args:
+            fn: picklable, like `args` and what it returns (return CPU tensors).
+            timeout: seconds for the whole call.
+            allow_dead: a rank that dies gives a `DeadWorker` in its place, in this and later calls, and no error.
+            return_exceptions: a rank that raises gives its exception in its place, and no error.
+
+        Returns:
+            What every rank returned, in rank order.
+
+        Raises:
+            WorkerError: a rank died or did not answer in time; all were killed then.
+            Exception: what a rank raised, with a `WorkerError` holding rank and traceback as its cause. The ranks stay
+                usable unless one of them still does not answer some seconds later.
+        """
+        if not self._processes:
+            self._start()
+        job = pickle.dumps((fn, args))
+        for connection in self._connections:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.send_bytes(job)
+        replies = self._collect(timeout, allow_dead or return_exceptions, allow_dead)
+        return [_unwrap(reply, return_exceptions) for reply in _failures_first(replies, return_exceptions)]
+
+    def close(self) -> None:
+        """Ends the processes: politely at first, then by SIGKILL. May be called twice."""
+        for connection in self._connections:
+            with contextlib.suppress(OSError):
+                connection.send_bytes(_LEAVE)
+        limit = time.monotonic() + 3.0
+        for process in self._processes:
+            # A stopped process will never leave by itself, and one that failed to answer has been killed before.
+            process.join(max(0.0, limit - time.monotonic()))
+        self._kill()
+
+    def _start(self) -> None:
+        # The store listens here, on a port the kernel chose while binding: no race, and no rank's death takes it along.
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        context = multiprocessing.get_context("spawn")
+        for rank in range(self.num_ranks):
+            ours, theirs = context.Pipe()
+            place = (rank, self.num_ranks, self._store.port)
+            process = context.Process(
+                target=_work, args=(theirs, place, self._setup), daemon=True, name=f"deepep-rank-{rank}"
+            )
+            with _single_threaded():
+                process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._connections.append(ours)
+        for reply in self._collect(self._timeout, patient=False, allow_dead=False):
+            _unwrap(reply, return_exceptions=False)
+
+    def _collect(self, timeout: float, patient: bool, allow_dead: bool) -> list[_Reply]:
+        """Waits for one reply per rank; `patient` gives all ranks the whole time although one has failed."""
+        deadline = time.monotonic() + timeout
+        replies: dict[int, _Reply] = {}
+        while len(replies) < self.num_ranks:
+            waiting = {self._connections[rank]: rank for rank in range(self.num_ranks) if rank not in replies}
+            ready = multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            for item in ready:
+                rank = waiting[item]  # type: ignore[index]
+                reply = replies[rank] = self._receive(rank)
+                if reply.failed and not patient:
+                    deadline = min(deadline, time.monotonic() + _GRACE)
+            if not ready:
+                break
+        self._check(replies, timeout, allow_dead)
+        return [replies[rank] for rank in range(self.num_ranks)]
+
+    def _receive(self, rank: int) -> _Reply:
+        try:
+            return _Reply(rank, *pickle.loads(self._connections[rank].recv_bytes()))
+        except (EOFError, OSError):
+            self._processes[rank].join(5.0)
+            return _Reply(rank, "dead", DeadWorker(rank, self._processes[rank].exitcode))
+
+    def _check(self, replies: dict[int, _Reply], timeout: float, allow_dead: bool) -> None:
+        silent = [rank for rank in range(self.num_ranks) if rank not in replies]
+        dead = [] if allow_dead else [reply.value for reply in replies.values() if reply.status == "dead"]
+        if not silent and not dead:
+            return
+        self._kill()
+        notes = [f"rank {item.rank} died (exit code {item.exitcode})" for item in dead]
+        if silent:
+            notes.append(f"rank(s) {', '.join(map(str, silent))} did not answer (limit {timeout:g} s)")
+        notes += [f"rank {reply.rank} raised:\n{reply.trace}" for reply in replies.values() if reply.status == "error"]
+        raise WorkerError("; ".join(notes))
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+            process.close()
+        for connection in self._connections:
+            connection.close()
+        self._processes, self._connections, self._store = [], [], None
+
+
+def spawn(
+    fn: Callable[..., Any],
+    num_ranks: int,
+    *args: Any,
+    backend: str = "gloo",
+    device: str = "cpu",
+    timeout: float = 600.0,
+) -> list[Any]:
+    """Runs `fn(group, *args)` once on `num_ranks` fresh local processes and returns the results in rank order.
+
+    Arguments and errors are those of `Workers` and `Workers.run`; `timeout` covers the call, seconds.
+    """
+    with Workers(num_ranks, backend=backend, device=device) as workers:
+        return workers.run(fn, *args, timeout=timeout)
+
+
+@dataclass(frozen=True)
+class _Reply:
+    """One rank's answer: status `ok` (value: the result), `error` (value: the exception or None), `dead`."""
+
+    rank: int
+    status: str
+    value: Any
+    trace: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return self.status != "ok"
+
+
+def _failures_first(replies: list[_Reply], return_exceptions: bool) -> list[_Reply]:
+    errors = [reply for reply in replies if reply.status == "error"]
+    # Ranks that raised something of their own tell more than ranks that only waited for them in vain.
+    errors.sort(key=lambda reply: isinstance(reply.value, TimeoutError))
+    return errors[:1] if errors and not return_exceptions else replies
+
+
+def _unwrap(reply: _Reply, return_exceptions: bool) -> Any:
+    if reply.status != "error":
+        return reply.value
+    cause = WorkerError(f"on rank {reply.rank}:\n{reply.trace}")
+    if reply.value is None:
+        raise cause
+    reply.value.__cause__ = cause
+    if return_exceptions:
+        return reply.value
+    raise reply.value
+
+
+@contextlib.contextmanager
+def _single_threaded() -> Iterator[None]:
+    # The OpenMP pool is sized while torch is imported, before any code of ours runs in the child.
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def _work(connection: Connection, place: tuple[int, int, int], setup: tuple[str, str, float]) -> None:
+    """Life of one rank: join the group, then serve calls until None or the end of the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, and it ends us
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    _answer(connection, _join, place, setup)
+    for job in _jobs(connection):
+        _answer(connection, _call, job)
+    with contextlib.suppress(RuntimeError):
+        dist.destroy_process_group()
+
+
+def _jobs(connection: Connection) -> Iterator[bytes]:
+    while True:
+        try:
+            job = connection.recv_bytes()
+        except EOFError:
+            return
+        if job == _LEAVE:
+            return
+        yield job
+
+
+def _call(job: bytes) -> Any:
+    fn, args = pickle.loads(job)
+    return fn(dist.group.WORLD, *args)
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _join(place: tuple[int, int, int], setup: tuple[str, str, float]) -> None:
+    rank, num_ranks, port = place
+    backend, device, timeout = setup
+    if any(name == "lo" for _, name in socket.if_nameindex()):
+        # Without this gloo asks a resolver for this host's name, which containers often cannot answer.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if device == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    limit = timedelta(seconds=timeout)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=limit)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=limit)
+
+
+def _answer(connection: Connection, fn: Callable[..., Any], *args: Any) -> None:
+    try:
+        reply = pickle.dumps(("ok", fn(*args)))
+    except BaseException as error:  # noqa: BLE001  whatever it is, the parent raises it
+        reply = _pack_error(error, traceback.format_exc())
+    with contextlib.suppress(OSError):
+        connection.send_bytes(reply)
+
+
+def _pack_error(error: BaseException, trace: str) -> bytes:
+    try:
+        reply = pickle.dumps(("error", error, trace))
+        pickle.loads(reply)  # some exceptions pickle, yet cannot be made again
+    except Exception:  # noqa: BLE001
+        return pickle.dumps(("error", None, trace))
+    return reply
