@@ -1,0 +1,1 @@
+"""What the CUDA backends share: compiling and loading kernels, launching them, the driver API."""
