@@ -91,7 +91,7 @@ class Routing:
 
     Attributes:
         layout: of the received rows.
-        num_experts: experts of all ranks; 0 for a dispatch without top-k.
+        num_experts: E.
         num_max_tokens_per_rank: M where the caller gave one, else 0.
         expert_alignment: rows each expert's group is aligned to.
         num_recv_tokens: N, rows of the compact view: received, or allocated where shapes are worst-case.
@@ -129,8 +129,9 @@ class DispatchRequest:
         sf: [T, n] of 4-byte elements, any strides, or None.
         topk_idx: [T, K] int64, or None (then `is_token_in_rank` routes).
         topk_weights: [T, K] float32 or None.
+        num_experts: E.
         is_token_in_rank: [T, R] bool; given exactly when there is no top-k.
-        num_experts: E; 0 without top-k.
+        num_tokens_per_expert: [E] int32, likewise; only the receiver's counts are made from it.
         num_max_tokens_per_rank: M (padded always; others where the caller gave one), else 0.
         layout: of the received rows.
         expert_alignment: rows each expert's group is aligned to (counts only, where rows are compact).
@@ -150,6 +151,7 @@ class DispatchRequest:
     topk_weights: torch.Tensor | None
     num_experts: int
     is_token_in_rank: torch.Tensor | None = None
+    num_tokens_per_expert: torch.Tensor | None = None
     num_max_tokens_per_rank: int = 0
     layout: Layout = Layout.COMPACT
     expert_alignment: int = 1
@@ -169,10 +171,10 @@ class DispatchResult:
 
     Attributes:
         x: received rows in the layout asked for ([L, R*M, H] if padded).
-        sf: scale factors of these rows or None: row-major [rows, n]; padded [L, R*M, n] with the last two dims column-major.
+        sf: scale factors of these rows or None: row-major [rows, n]; padded [L, R*M, n], last two dims column-major.
         topk_idx: [N, K] int64 local experts, -1 elsewhere; None unless compact with top-k.
         topk_weights: compact [N, K], 0 where the expert lives elsewhere; expanded [rows]; or None.
-        num_recv_tokens_per_expert: [L] int32 on the device, real counts; None without top-k.
+        num_recv_tokens_per_expert: [L] int32 on the device, real counts; None in a cached dispatch.
         num_recv_tokens_per_expert_list: aligned counts as Python ints; [] where shapes are worst-case.
         rank_prefix_matrix: [R, R] int32, rows from source i at receiver j are [m[i-1][j], m[i][j]); compact only.
         routing: for the handle; in a cached dispatch the one that came in.
@@ -206,6 +208,7 @@ class CombineRequest:
         bias: none, one or two [T, H] tensors that the sum starts from.
         scale_topk_idx: [T, K] int64 and
         scale_topk_weights: [T, K] float32, both at the token's home: scale each expert's row (low latency), or None.
+            Product and sum are rounded to fp32 one after the other (no fused multiply-add), so every backend agrees.
         reduction: where expert outputs of one token are added; matters for expanded and padded rows.
         use_logfmt: rows travel through the LogFMT-10 cast.
         zero_copy: x lies in the buffer of `next_combine_buffer`; its content is already where peers can read it.
@@ -297,52 +300,45 @@ class Backend(abc.ABC):
     def destroy(self) -> None:
         """Release everything; may be called twice; never waits for another rank and never raises."""
 
-    def refuse(self, op: str, error: InvalidArgument) -> None:
+    def refuse(self, op: str, error: InvalidArgument) -> None:  # noqa: B027 - doing nothing is a valid answer
         """Tell the peers that this rank will not take part in `op`, so that they raise the same error.
 
         A backend that cannot do so leaves its peers to their timeout, which then names this rank.
         """
 
-    def rank_prefix_matrix(self, routing: Routing) -> torch.Tensor | None:
-        """Give the [R, R] matrix of a routing again, where the backend kept it; None otherwise."""
-        return None
-
     def update_mask(self, rank: int, masked: bool) -> None:
         """Leave `rank` out of low-latency operations, or take it back in."""
-        self._unsupported("update_mask")
+        raise self._unsupported("update_mask")
 
     def query_mask(self, mask_status: torch.Tensor) -> None:
         """Write 1 for each masked rank into the int32 [R] tensor, 0 for the others."""
-        self._unsupported("query_mask")
+        raise self._unsupported("query_mask")
 
     def clean_mask(self) -> None:
         """Take every masked rank back in."""
-        self._unsupported("clean_mask")
+        raise self._unsupported("clean_mask")
 
     def clean_low_latency_buffer(self, num_max_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
         """Make the windows ready for low latency after other use; collective."""
-        self._unsupported("clean_low_latency_buffer")
+        raise self._unsupported("clean_low_latency_buffer")
 
     def next_combine_buffer(self, routing: Routing, hidden: int) -> torch.Tensor:
         """Give the padded [L, R*M, H] bf16 tensor that the next low-latency combine can read in place."""
-        raise self._unsupported_error("next_combine_buffer")
+        raise self._unsupported("next_combine_buffer")
 
     def local_buffer(self, use_rdma_buffer: bool) -> torch.Tensor:
         """Give this rank's communication memory as a flat uint8 tensor."""
-        raise self._unsupported_error("local_buffer")
+        raise self._unsupported("local_buffer")
 
     def dispatch_input_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Give a tensor inside the window from which dispatch reads without staging."""
-        raise self._unsupported_error("dispatch_input_buffer")
+        raise self._unsupported("dispatch_input_buffer")
 
     def combine_input_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Give a tensor inside the window from which combine reads without staging."""
-        raise self._unsupported_error("combine_input_buffer")
+        raise self._unsupported("combine_input_buffer")
 
-    def _unsupported(self, op: str) -> None:
-        raise self._unsupported_error(op)
-
-    def _unsupported_error(self, op: str) -> UnsupportedOperation:
+    def _unsupported(self, op: str) -> UnsupportedOperation:
         from deepep.backends.registry import backends_with
 
         who = ", ".join(backends_with(op)) or "no installed backend"

@@ -1,0 +1,131 @@
+"""Find backends by name, choose one, and explain the choice.
+
+Built-ins are lazy "module:Class" names; others come through the entry-point group `deepep.backends`. The choice is
+`backend=`, else `DEEPEP_BACKEND`, else automatic; an explicit choice never falls back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from deepep import env
+from deepep.backends.base import Availability, Backend
+from deepep.errors import BackendUnavailable, InvalidArgument
+
+if TYPE_CHECKING:
+    from deepep.topology import Topology
+
+ENTRY_POINT_GROUP = "deepep.backends"
+
+_BUILT_IN = {
+    "nvshmem": "deepep.backends.nvshmem.backend:NvshmemBackend",
+    "ipc": "deepep.backends.ipc.backend:IpcBackend",
+    "reference": "deepep.backends.reference.backend:ReferenceBackend",
+}
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """One line of the backend table."""
+
+    name: str
+    availability: Availability
+
+    def __str__(self) -> str:
+        if self.availability.ok:
+            return f"{self.name}: available"
+        remedy = f"; {self.availability.remedy}" if self.availability.remedy else ""
+        return f"{self.name}: not available: {self.availability.reason}{remedy}"
+
+
+def names() -> list[str]:
+    """List all known backends, in the order in which `auto` prefers them; plug-ins come last and only by name."""
+    return [*_BUILT_IN, *(point.name for point in _plugins() if point.name not in _BUILT_IN)]
+
+
+def load(name: str) -> type[Backend]:
+    """Import a backend's class.
+
+    Raises:
+        InvalidArgument: no backend has this name.
+        BackendUnavailable: its module cannot be imported.
+    """
+    target = _BUILT_IN.get(name)
+    try:
+        if target is not None:
+            module, _, attribute = target.partition(":")
+            return getattr(importlib.import_module(module), attribute)
+        for point in _plugins():
+            if point.name == name:
+                return point.load()
+    except ImportError as error:
+        raise BackendUnavailable(f"backend '{name}' cannot be imported: {error}") from error
+    raise InvalidArgument(f"backend '{name}' is unknown; known are {', '.join(names())} and auto")
+
+
+def probe(name: str, topology: Topology | None = None) -> BackendStatus:
+    """Ask one backend whether it can run, here and (where given) for these ranks. Never raises."""
+    try:
+        backend = load(name)
+    except (BackendUnavailable, InvalidArgument) as error:
+        return BackendStatus(name, Availability(False, str(error.__cause__ or error), ""))
+    availability = backend.probe()
+    if availability.ok and topology is not None:
+        availability = backend.probe_topology(topology)
+    return BackendStatus(name, availability)
+
+
+def requested(backend: str | None) -> str:
+    """Resolve what the user asked for: the argument, else `DEEPEP_BACKEND`, else "auto"."""
+    return backend or env.backend() or "auto"
+
+
+def select(backend: str, topology: Topology, *, on_cuda: bool) -> type[Backend]:
+    """Choose a backend for a group.
+
+    Args:
+        backend: a name, or "auto": nvshmem when the group spans hosts, then ipc, then reference.
+        topology: of the group.
+        on_cuda: whether the ranks have GPUs; without them only CPU backends are considered by "auto".
+
+    Raises:
+        BackendUnavailable: the named backend, or every candidate, cannot run; one line for each known backend.
+    """
+    if backend != "auto":
+        status = probe(backend, topology)
+        if not status.availability.ok:
+            raise BackendUnavailable(f"backend '{backend}' was asked for but cannot run here.\n{explain(topology)}")
+        return load(backend)
+    for name in _BUILT_IN:
+        if name == "nvshmem" and not topology.spans_hosts:
+            continue
+        if probe(name, topology).availability.ok:
+            chosen = load(name)
+            if on_cuda or "cpu" in chosen.capabilities().devices:
+                return chosen
+    raise BackendUnavailable(f"no backend can run here.\n{explain(topology)}")
+
+
+def explain(topology: Topology | None = None) -> str:
+    """Give one line per backend: available, or why not and what mends it."""
+    return "\n".join(f"  {probe(name, topology)}" for name in names())
+
+
+def backends_with(op: str) -> list[str]:
+    """Name the known backends whose class implements the optional operation `op`."""
+    found = []
+    for name in names():
+        try:
+            backend = load(name)
+        except (BackendUnavailable, InvalidArgument):
+            continue
+        if getattr(backend, op, None) is not getattr(Backend, op, None):
+            found.append(name)
+    return found
+
+
+def _plugins() -> list[importlib.metadata.EntryPoint]:
+    return list(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP))

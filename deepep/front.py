@@ -1,0 +1,181 @@
+"""What both generations of buffer share: construction, agreement between ranks, and how one operation is run."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+from deepep import env
+from deepep.backends import registry
+from deepep.backends.base import Backend, BackendOptions, CombineRequest, DispatchRequest
+from deepep.errors import (
+    BackendUnavailable,
+    BufferDestroyed,
+    CommTimeout,
+    DeepEPError,
+    InvalidArgument,
+    UnsupportedOperation,
+)
+from deepep.event import Event, EventOverlap
+from deepep.group import make_group
+from deepep.stream import CommStream
+from deepep.topology import Topology
+from deepep.version import __version__
+
+Result = TypeVar("Result")
+
+_owner_numbers = itertools.count(1)
+
+
+class Front:
+    """A group, its topology and one backend, with the checks and the stream handling around every operation.
+
+    Attributes:
+        group: what the user passed, a process group or communicator.
+        rank: of this process in the group.
+        group_size: R.
+        topology: of the group.
+        timeout: longest wait for a peer, seconds.
+    """
+
+    def __init__(
+        self,
+        group: Any,
+        comm: Any,
+        backend: str | None,
+        timeout: float | None,
+        topology: Topology | None,
+        options: dict[str, Any],
+    ) -> None:
+        self._broken: str | None = None
+        self._backend: Backend | None = None
+        self._owner = next(_owner_numbers)
+        self._comm_stream = CommStream()
+        self.timeout = env.timeout() if timeout is None else float(timeout)
+        if not self.timeout > 0:
+            raise InvalidArgument(f"timeout is {timeout!r}; it must be a positive number of seconds")
+        self._group = make_group(group, comm)
+        self.group = self._group.raw
+        self.rank = self._group.rank
+        self.group_size = self._group.num_ranks
+        on_cuda = torch.cuda.is_available()
+        self.topology = topology or Topology.discover(self._group, use_cuda=on_cuda, timeout=self.timeout)
+        if self.topology.num_ranks != self.group_size:
+            raise InvalidArgument(
+                f"topology describes {self.topology.num_ranks} ranks and the group has {self.group_size}"
+            )
+        chosen = self._agree_on_backend(registry.requested(backend), on_cuda, options)
+        self._backend = chosen(self._group, self.topology, BackendOptions(timeout=self.timeout, **options))
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend that moves this buffer's rows."""
+        return self._alive("backend").name
+
+    @property
+    def traffic(self) -> dict[str, int]:
+        """Rows and bytes this rank has sent to other ranks since construction."""
+        traffic = self._alive("traffic").traffic
+        return {"num_rows": traffic.num_rows, "num_bytes": traffic.num_bytes}
+
+    def destroy(self) -> None:
+        """Release everything this buffer holds here. May be called twice; never waits for other ranks."""
+        backend, self._backend = self._backend, None
+        if backend is not None:
+            backend.destroy()
+
+    def get_comm_stream(self) -> torch.cuda.Stream:
+        """Give the stream that asynchronous calls of this buffer run on; `UnsupportedOperation` without a GPU."""
+        return self._comm_stream.get()
+
+    def _agree_on_backend(self, wanted: str, on_cuda: bool, options: dict[str, Any]) -> type[Backend]:
+        """Choose on every rank, then compare, so that all ranks build the same backend or raise the same error."""
+        chosen, failure = None, ""
+        try:
+            chosen = registry.select(wanted, self.topology, on_cuda=on_cuda)
+        except (BackendUnavailable, InvalidArgument) as error:
+            failure = f"{type(error).__name__}: {error}"
+        mine = {"version": __version__, "backend": chosen.name if chosen else failure, "hosts": self.topology.hosts}
+        mine.update(options)
+        everyone = self._group.all_gather_object(mine, op="construction", timeout=self.timeout)
+        failed = {rank: said["backend"] for rank, said in enumerate(everyone) if ":" in said["backend"]}
+        if failed:
+            rank, text = next(iter(failed.items()))
+            kind = InvalidArgument if text.startswith("InvalidArgument") else BackendUnavailable
+            raise kind(f"rank(s) {sorted(failed)} cannot build the buffer; rank {rank}: {text.partition(': ')[2]}")
+        for name in mine:
+            raise_unless_equal("construction", name, [said[name] for said in everyone])
+        if chosen is None:
+            raise BackendUnavailable(failure)
+        return chosen
+
+    def _alive(self, op: str) -> Backend:
+        if self._backend is None:
+            raise BufferDestroyed(f"{op}: this buffer was destroyed; build a new one")
+        if self._broken is not None:
+            raise BufferDestroyed(f"{op}: this buffer broke earlier ({self._broken}); destroy it and build a new one")
+        return self._backend
+
+    @contextmanager
+    def _checking(self, op: str) -> Iterator[Backend]:
+        """Turn a refused argument into the same error on every rank, before anything is sent."""
+        backend = self._alive(op)
+        try:
+            yield backend
+        except InvalidArgument as error:
+            try:
+                backend.refuse(op, error)
+            except DeepEPError as unreached:
+                raise error from unreached
+            raise
+
+    def _dispatch(
+        self, op: str, request: DispatchRequest, is_async: bool, previous_event: Event | None
+    ) -> tuple[Any, EventOverlap]:
+        backend = self._fit(op, request.x, request.layout)
+        return self._run(lambda: backend.dispatch(request), request, is_async, previous_event)
+
+    def _combine(
+        self, op: str, request: CombineRequest, is_async: bool, previous_event: Event | None
+    ) -> tuple[Any, EventOverlap]:
+        backend = self._fit(op, request.x, request.routing.layout)
+        return self._run(lambda: backend.combine(request), request, is_async, previous_event)
+
+    def _fit(self, op: str, x: torch.Tensor, layout: Any) -> Backend:
+        backend = self._alive(op)
+        able = backend.capabilities()
+        if x.device.type not in able.devices:
+            raise UnsupportedOperation(
+                f"{op}: backend '{backend.name}' does not work on {x.device.type} tensors (only "
+                f"{', '.join(sorted(able.devices))}); use backend='reference', which takes both"
+            )
+        if layout not in able.layouts:
+            raise UnsupportedOperation(
+                f"{op}: backend '{backend.name}' has no {layout.value} rows; use backend='reference'"
+            )
+        return backend
+
+    def _run(
+        self, work: Callable[[], Result], request: Any, is_async: bool, previous_event: Event | None
+    ) -> tuple[Result, EventOverlap]:
+        try:
+            return self._comm_stream.run(
+                work, (request,), is_async=is_async, previous_event=previous_event, on_cuda=request.x.is_cuda
+            )
+        except CommTimeout as error:
+            self._broken = str(error)
+            raise
+
+
+def raise_unless_equal(op: str, name: str, values: list[Any]) -> None:
+    """Raise `InvalidArgument`, the same on every rank, when ranks disagree; names the ranks and both values."""
+    for rank, value in enumerate(values):
+        if value != values[0]:
+            raise InvalidArgument(
+                f"{op}: ranks disagree about {name}: rank 0 has {values[0]!r} and rank {rank} has {value!r}; "
+                "it must be equal on all ranks"
+            )

@@ -1,0 +1,238 @@
+"""The low-latency methods of `Buffer`: padded rows, fused casts, receive hooks, masks (CONTRACT, 'Low latency')."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from deepep.backends.base import CombineRequest, DispatchRequest, Layout, Reduction
+from deepep.errors import InvalidArgument
+from deepep.event import EventOverlap
+from deepep.handle import LowLatencyHandle, make_low_latency_handle, routing_of
+from deepep.layout import align
+from deepep.quant import GROUP_SIZE, SfFormat
+from deepep.validate import Payload, check_experts, check_rows, check_tensor, check_topk
+
+if TYPE_CHECKING:
+    from deepep.front import Front
+
+    _Base = Front
+else:
+    _Base = object
+
+Hook = Callable[[], None]
+
+
+class LowLatencyMixin(_Base):
+    """Decode-size dispatch and combine without CPU synchronisation."""
+
+    enable_shrink: bool
+
+    @staticmethod
+    def get_low_latency_rdma_size_hint(
+        num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
+    ) -> int:
+        """Bytes low latency needs: two banks of R*M rows each way, whatever the number of experts.
+
+        Args:
+            num_max_dispatch_tokens_per_rank: M.
+            hidden: H.
+            num_ranks: R.
+            num_experts: E; upstream's buffers grow with it, these do not.
+        """
+        check_experts("get_low_latency_rdma_size_hint", num_experts, num_ranks)
+        row_bytes = align(2 * hidden, 128) + 128 * 8
+        return align(2 * 2 * num_ranks * num_max_dispatch_tokens_per_rank * row_bytes, 128)
+
+    def low_latency_dispatch(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        num_max_dispatch_tokens_per_rank: int,
+        num_experts: int,
+        cumulative_local_expert_recv_stats: torch.Tensor | None = None,
+        dispatch_wait_recv_cost_stats: torch.Tensor | None = None,
+        use_fp8: bool = True,
+        round_scale: bool = False,
+        use_ue8m0: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+        *,
+        topk_weights: torch.Tensor | None = None,
+    ) -> tuple[Payload, torch.Tensor, LowLatencyHandle, EventOverlap, Hook | None]:
+        """Send tokens into padded rows per local expert; never waits on the CPU for counts.
+
+        Args:
+            x: [T, H] bf16, T <= M.
+            topk_idx: [T, K] int64, -1 = no expert.
+            num_max_dispatch_tokens_per_rank: M, equal on all ranks.
+            num_experts: E.
+            cumulative_local_expert_recv_stats: [L] int32, the counts are added to it.
+            dispatch_wait_recv_cost_stats: [R] int64, microseconds waited for each rank are added to it.
+            use_fp8: cast to e4m3 on the way, one scale factor per 128 channels.
+            round_scale: round scale factors up to powers of two.
+            use_ue8m0: pack their exponents, four to an int32; needs `round_scale`.
+            async_finish: run on the communication stream.
+            return_recv_hook: return at once; data is complete after `hook()`. Excludes `async_finish`.
+            topk_weights: [T, K] float32 that combine will use; lets backends send them ahead (ours).
+
+        Returns:
+            `recv_x` [L, R*M, H] or `(recv_x, sf)` with sf [L, R*M, H/128] f32 or [L, R*M, H/512] i32, last two
+            dimensions column-major; `recv_count` [L] i32; handle; event; hook or None.
+        """
+        op = "low_latency_dispatch"
+        with self._checking(op) as backend:
+            check_rows(op, "x", x)
+            max_tokens = num_max_dispatch_tokens_per_rank
+            if x.dtype != torch.bfloat16:
+                raise InvalidArgument(f"{op}: x is {x.dtype}; it must be bfloat16")
+            if x.shape[0] > max_tokens:
+                raise InvalidArgument(
+                    f"{op}: x has T = {x.shape[0]} tokens; num_max_dispatch_tokens_per_rank allows {max_tokens}"
+                )
+            check_experts(op, num_experts, self.group_size)
+            check_topk(op, topk_idx, topk_weights, x.shape[0], num_experts, backend.capabilities().max_topk)
+            num_local = num_experts // self.group_size
+            if cumulative_local_expert_recv_stats is not None:
+                check_tensor(
+                    op, "cumulative_local_expert_recv_stats", cumulative_local_expert_recv_stats, torch.int32,
+                    (num_local,), x.device,
+                )  # fmt: skip
+            self._check_wait_stats(op, "dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats, x.device)
+            _check_phases(op, async_finish, return_recv_hook)
+            request = DispatchRequest(
+                x, None, topk_idx, topk_weights, num_experts,
+                num_max_tokens_per_rank=max_tokens, layout=Layout.PADDED,
+                sf_format=_sf_format(op, x.shape[1], use_fp8, round_scale, use_ue8m0),
+                split_phases=return_recv_hook,
+                cumulative_local_expert_recv_stats=cumulative_local_expert_recv_stats,
+                wait_recv_cost_stats=dispatch_wait_recv_cost_stats,
+            )  # fmt: skip
+        result, event = self._dispatch(op, request, async_finish, None)
+        handle = make_low_latency_handle(result, x.shape[1], self._owner)
+        recv_x = result.x if result.sf is None else (result.x, result.sf)
+        return recv_x, result.num_recv_tokens_per_expert, handle, event, result.finish
+
+    def low_latency_combine(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        handle: LowLatencyHandle,
+        use_logfmt: bool = False,
+        zero_copy: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+        out: torch.Tensor | None = None,
+        combine_wait_recv_cost_stats: torch.Tensor | None = None,
+        *,
+        reduction: str = "per_rank",
+    ) -> tuple[torch.Tensor, EventOverlap, Hook | None]:
+        """Bring expert outputs home, weighted by the caller's `topk_weights`.
+
+        Args:
+            x: [L, R*M, H] bf16, rows as dispatch laid them out.
+            topk_idx: [T, K] int64 of the dispatched tokens.
+            topk_weights: [T, K] float32.
+            handle: of the dispatch.
+            use_logfmt: send rows through the LogFMT-10 cast.
+            zero_copy: the rows are in `get_next_low_latency_combine_buffer(handle)`; `x` is not read.
+            async_finish: run on the communication stream.
+            return_recv_hook: return at once; the result is complete after `hook()`. Excludes `async_finish`.
+            out: [T, H] bf16 to write to.
+            combine_wait_recv_cost_stats: [R] int64, microseconds waited for each rank are added to it.
+            reduction: "per_rank" adds one token's rows at their owner and rounds once; "per_copy" sends every row.
+
+        Returns:
+            `combined_x` [T, H] bf16, event, hook or None.
+        """
+        op = "low_latency_combine"
+        with self._checking(op) as backend:
+            routing = routing_of(handle, (LowLatencyHandle,), self._owner, op)
+            num_tokens = routing.dst_rank.shape[0]
+            rows = (
+                routing.num_experts // self.group_size, self.group_size * routing.num_max_tokens_per_rank,
+                handle.hidden,
+            )  # fmt: skip
+            check_tensor(op, "x", x, torch.bfloat16, rows)
+            if not zero_copy and not x.is_contiguous():
+                raise InvalidArgument(f"{op}: x must be contiguous")
+            if zero_copy and use_logfmt:
+                raise InvalidArgument(f"{op}: zero_copy and use_logfmt exclude each other")
+            check_topk(op, topk_idx, topk_weights, num_tokens, routing.num_experts, backend.capabilities().max_topk)
+            if topk_weights is None:
+                raise InvalidArgument(f"{op}: topk_weights is needed")
+            if out is not None:
+                check_tensor(op, "out", out, torch.bfloat16, (num_tokens, handle.hidden), x.device)
+            if reduction not in {item.value for item in Reduction}:
+                raise InvalidArgument(f"{op}: reduction is {reduction!r}; it must be 'per_rank' or 'per_copy'")
+            self._check_wait_stats(op, "combine_wait_recv_cost_stats", combine_wait_recv_cost_stats, x.device)
+            _check_phases(op, async_finish, return_recv_hook)
+            request = CombineRequest(
+                x, routing, scale_topk_idx=topk_idx, scale_topk_weights=topk_weights,
+                reduction=Reduction(reduction), use_logfmt=use_logfmt, zero_copy=zero_copy, out=out,
+                split_phases=return_recv_hook, wait_recv_cost_stats=combine_wait_recv_cost_stats,
+            )  # fmt: skip
+        result, event = self._combine(op, request, async_finish, None)
+        return result.x, event, result.finish
+
+    def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
+        """Give the bf16 [L, R*M, H] tensor to fill for the next `low_latency_combine(..., zero_copy=True)`."""
+        op = "get_next_low_latency_combine_buffer"
+        backend = self._alive(op)
+        return backend.next_combine_buffer(routing_of(handle, (LowLatencyHandle,), self._owner, op), handle.hidden)
+
+    def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
+        """Make the windows ready for low latency after normal operations; collective (upstream API)."""
+        backend = self._alive("clean_low_latency_buffer")
+        backend.clean_low_latency_buffer(num_max_dispatch_tokens_per_rank, hidden, num_experts)
+
+    def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
+        """Leave a rank out of low-latency operations (`mask=True`), or take it back in."""
+        op = "low_latency_update_mask_buffer"
+        if not 0 <= rank_to_mask < self.group_size or rank_to_mask == self.rank:
+            raise InvalidArgument(f"{op}: rank_to_mask is {rank_to_mask}; it must be another rank of the group")
+        self._shrinkable(op)
+        self._alive(op).update_mask(rank_to_mask, mask)
+
+    def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
+        """Write 1 for masked ranks and 0 for the others into `mask_status`, [R] int32."""
+        op = "low_latency_query_mask_buffer"
+        self._shrinkable(op)
+        check_tensor(op, "mask_status", mask_status, torch.int32, (self.group_size,))
+        self._alive(op).query_mask(mask_status)
+
+    def low_latency_clean_mask_buffer(self) -> None:
+        """Take every masked rank back in."""
+        op = "low_latency_clean_mask_buffer"
+        self._shrinkable(op)
+        self._alive(op).clean_mask()
+
+    def _shrinkable(self, op: str) -> None:
+        if not self.enable_shrink:
+            raise InvalidArgument(f"{op}: masks need Buffer(..., enable_shrink=True)")
+
+    def _check_wait_stats(self, op: str, name: str, stats: torch.Tensor | None, device: torch.device) -> None:
+        if stats is not None:
+            check_tensor(op, name, stats, torch.int64, (self.group_size,), device)
+
+
+def _check_phases(op: str, async_finish: bool, return_recv_hook: bool) -> None:
+    if async_finish and return_recv_hook:
+        raise InvalidArgument(f"{op}: async_finish and return_recv_hook exclude each other")
+
+
+def _sf_format(op: str, hidden: int, use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> SfFormat | None:
+    if not use_fp8:
+        if round_scale or use_ue8m0:
+            raise InvalidArgument(f"{op}: round_scale and use_ue8m0 need use_fp8=True")
+        return None
+    sf_format = SfFormat.from_flags(round_scale, use_ue8m0)
+    if hidden % sf_format.hidden_multiple:
+        raise InvalidArgument(
+            f"{op}: hidden is {hidden}; scale factors per {GROUP_SIZE} channels need a multiple of "
+            f"{sf_format.hidden_multiple}"
+        )
+    return sf_format

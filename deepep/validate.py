@@ -1,0 +1,155 @@
+"""Checks of what the user passes: each raises `InvalidArgument` naming the argument, what it is and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from deepep import env
+from deepep.errors import InvalidArgument
+
+ROW_BYTES_MULTIPLE = 16
+topk_idx_t = torch.int64
+
+Payload = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+def split_payload(op: str, x: Payload) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Check `x`, or the pair `(x, sf)`, as CONTRACT 'Inputs' says and take it apart."""
+    if isinstance(x, torch.Tensor):
+        data, sf = x, None
+    elif isinstance(x, (tuple, list)) and len(x) == 2 and all(isinstance(t, torch.Tensor) for t in x):
+        data, sf = x
+    else:
+        raise InvalidArgument(f"{op}: x is a {type(x).__name__}; pass a tensor [T, H] or a pair (x, sf) of tensors")
+    check_rows(op, "x", data)
+    if sf is not None:
+        if sf.dim() == 1:
+            sf = sf.unsqueeze(1)
+        if sf.dim() != 2 or sf.shape[0] != data.shape[0] or sf.element_size() != 4 or sf.device != data.device:
+            raise InvalidArgument(
+                f"{op}: sf is {describe(sf)}; it must be [T={data.shape[0]}, n] of 4-byte elements on {data.device}"
+            )
+    return data, sf
+
+
+def check_rows(op: str, name: str, x: torch.Tensor, num_rows: int | None = None) -> None:
+    """Check a contiguous [rows, H] payload whose rows are a multiple of 16 bytes."""
+    if x.dim() != 2 or not x.is_contiguous():
+        raise InvalidArgument(f"{op}: {name} is {describe(x)}; it must be a contiguous [rows, H] tensor")
+    if num_rows is not None and x.shape[0] != num_rows:
+        raise InvalidArgument(f"{op}: {name} has {x.shape[0]} rows; the handle's dispatch has {num_rows}")
+    row_bytes = x.shape[1] * x.element_size()
+    if row_bytes == 0 or row_bytes % ROW_BYTES_MULTIPLE:
+        raise InvalidArgument(
+            f"{op}: a row of {name} is {x.shape[1]} x {x.element_size()} = {row_bytes} bytes; "
+            f"it must be a multiple of {ROW_BYTES_MULTIPLE}"
+        )
+
+
+def check_experts(op: str, num_experts: int, num_ranks: int) -> None:
+    """Check that E is a positive multiple of R."""
+    if not isinstance(num_experts, int) or num_experts <= 0 or num_experts % num_ranks:
+        raise InvalidArgument(
+            f"{op}: num_experts is {num_experts!r}; it must be a positive multiple of the {num_ranks} ranks"
+        )
+
+
+def check_topk(
+    op: str, topk_idx: torch.Tensor, topk_weights: torch.Tensor | None, num_tokens: int | None, num_experts: int,
+    max_topk: int,
+) -> None:  # fmt: skip
+    """Check `topk_idx` [T, K] int64 and `topk_weights` [T, K] float32.
+
+    The values (range, the same expert twice) are checked on CPU tensors always, on CUDA tensors under `DEEPEP_DEBUG`,
+    since looking at them there waits for the GPU.
+    """
+    if not isinstance(topk_idx, torch.Tensor) or topk_idx.dim() != 2 or not topk_idx.is_contiguous():
+        raise InvalidArgument(f"{op}: topk_idx is {describe(topk_idx)}; it must be a contiguous [T, K] tensor")
+    if topk_idx.dtype != topk_idx_t:
+        raise InvalidArgument(f"{op}: topk_idx is {topk_idx.dtype}; it must be {topk_idx_t} (deepep.topk_idx_t)")
+    if num_tokens is not None and topk_idx.shape[0] != num_tokens:
+        raise InvalidArgument(f"{op}: topk_idx has {topk_idx.shape[0]} rows and x has {num_tokens}; they must agree")
+    if not 1 <= topk_idx.shape[1] <= max_topk:
+        raise InvalidArgument(f"{op}: topk_idx has K = {topk_idx.shape[1]} columns; 1 to {max_topk} are allowed")
+    if topk_weights is not None:
+        check_weights(op, topk_weights, tuple(topk_idx.shape))
+    if values_are_checked(topk_idx):
+        _check_topk_values(op, topk_idx, num_experts)
+
+
+def values_are_checked(tensor: torch.Tensor) -> bool:
+    """Say whether values may be looked at: reading a CUDA tensor would wait for the GPU, so only when debugging."""
+    return not tensor.is_cuda or (env.debug() and not torch.cuda.is_current_stream_capturing())
+
+
+def check_weights(op: str, topk_weights: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Check contiguous float32 weights of a given shape."""
+    if (
+        not isinstance(topk_weights, torch.Tensor)
+        or topk_weights.dtype != torch.float32
+        or tuple(topk_weights.shape) != shape
+        or not topk_weights.is_contiguous()
+    ):
+        raise InvalidArgument(
+            f"{op}: topk_weights is {describe(topk_weights)}; it must be contiguous float32 {list(shape)}"
+        )
+
+
+def check_bias(
+    op: str, bias: torch.Tensor | Sequence[torch.Tensor] | None, like: torch.Tensor, num_tokens: int
+) -> tuple[torch.Tensor, ...]:
+    """Check none, one or two biases [T, H] of the payload's dtype and give them as a tuple."""
+    if bias is None:
+        return ()
+    given = (bias,) if isinstance(bias, torch.Tensor) else tuple(bias)
+    if len(given) > 2:
+        raise InvalidArgument(f"{op}: bias has {len(given)} tensors; none, one or two are allowed")
+    wanted = (num_tokens, like.shape[-1])
+    for tensor in given:
+        if tuple(tensor.shape) != wanted or tensor.dtype != like.dtype or not tensor.is_contiguous():
+            raise InvalidArgument(
+                f"{op}: bias is {describe(tensor)}; it must be contiguous {like.dtype} {list(wanted)}"
+            )
+    return given
+
+
+def check_tensor(
+    op: str, name: str, tensor: object, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device | None = None
+) -> None:
+    """Check dtype, shape and (where given) device of an auxiliary tensor."""
+    if (
+        not isinstance(tensor, torch.Tensor)
+        or tensor.dtype != dtype
+        or tuple(tensor.shape) != shape
+        or (device is not None and tensor.device != device)
+    ):
+        where = f" on {device}" if device is not None else ""
+        raise InvalidArgument(f"{op}: {name} is {describe(tensor)}; it must be {dtype} {list(shape)}{where}")
+
+
+def describe(value: object) -> str:
+    """Say in a few words what was passed."""
+    if not isinstance(value, torch.Tensor):
+        return f"a {type(value).__name__}"
+    note = "" if value.is_contiguous() else " (not contiguous)"
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}{note}"
+
+
+def _check_topk_values(op: str, topk_idx: torch.Tensor, num_experts: int) -> None:
+    if topk_idx.numel() == 0:
+        return
+    low, high = int(topk_idx.min()), int(topk_idx.max())
+    if low < -1 or high >= num_experts:
+        raise InvalidArgument(
+            f"{op}: topk_idx holds values from {low} to {high}; allowed are -1 (none) and 0 to {num_experts - 1}"
+        )
+    ordered = topk_idx.sort(dim=1).values
+    twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(dim=1)
+    if bool(twice.any()):
+        token = int(twice.nonzero()[0])
+        raise InvalidArgument(
+            f"{op}: token {token} names the same expert twice in topk_idx ({topk_idx[token].tolist()}); "
+            "each choice of a token must be another expert, or -1"
+        )
