@@ -114,7 +114,9 @@ def compile_kernel(name: str, arch: str, transport: str = DEFAULT_TRANSPORT) -> 
         return Compiled(name, arch, path, path.stat().st_size, was_cached=True)
     if arch not in supported_archs():
         known = ", ".join(supported_archs())
-        raise BackendUnavailable(f"NVRTC {nvrtc_version()} cannot compile for {arch} (it knows {known}); install another")
+        raise BackendUnavailable(
+            f"NVRTC {nvrtc_version()} cannot compile for {arch} (it knows {known}); install another"
+        )
     cubin = _compile(name, arch, transport)
     _write_atomically(path, cubin)
     return Compiled(name, arch, path, len(cubin), was_cached=False)

@@ -108,7 +108,11 @@ class Launch:
         if self.cluster > 1:
             attribute = cuda.CUlaunchAttribute()
             attribute.id = getattr(cuda.CUlaunchAttributeID, _ATTRIBUTE_CLUSTER)
-            attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = self.cluster, 1, 1
+            attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = (
+                self.cluster,
+                1,
+                1,
+            )
             attributes.append(attribute)
         return attributes
 

@@ -182,7 +182,9 @@ class SymmetricMemory:
         others = [rank for rank in range(group.num_ranks) if rank != group.rank]
         words = [addresses[rank] + leave_offset + 4 * group.rank for rank in range(group.num_ranks)]
         pids = [cards[rank].pid for rank in range(group.num_ranks)]
-        self._remains = _Remains(own, own.address + leave_offset, [mappings[r] for r in others if r in mappings], words, pids)
+        self._remains = _Remains(
+            own, own.address + leave_offset, [mappings[r] for r in others if r in mappings], words, pids
+        )
         return None
 
     def _allocate(self, kind: type[Segment], num_bytes: int) -> tuple[Segment | None, _Card]:
