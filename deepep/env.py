@@ -1,4 +1,4 @@
-"""Every environment variable that deepep reads, in one place. Each function reads afresh; unset or empty means default."""
+"""Every environment variable that deepep reads, in one place. Read afresh at each call; empty counts as unset."""
 
 from __future__ import annotations
 

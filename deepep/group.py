@@ -5,16 +5,53 @@ Nothing here ever hangs: each call takes a limit, and a peer that does not arriv
 
 from __future__ import annotations
 
+import contextlib
+import math
 import pickle
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from deepep.errors import BufferDestroyed, CommTimeout, InvalidArgument
+
+
+@dataclass
+class Health:
+    """Whether a group is usable.
+
+    Attributes:
+        lost: None while it is; then the ranks whose absence broke it, empty if unknown.
+    """
+
+    lost: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A time limit that started when this was made.
+
+    Attributes:
+        timeout: seconds.
+        start: on the clock of `time.monotonic`.
+    """
+
+    timeout: float
+    start: float = field(default_factory=time.monotonic)
+
+    @property
+    def end(self) -> float:
+        """When it is over, on the clock of `time.monotonic`."""
+        return self.start + self.timeout
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left, at least 0."""
+        return max(0.0, self.end - time.monotonic())
 
 
 class Group(ABC):
@@ -33,17 +70,18 @@ class Group(ABC):
 
     is_mpi = False
 
-    def __init__(self, raw: Any, rank: int, num_ranks: int) -> None:
+    def __init__(self, raw: Any, rank: int, num_ranks: int, device: torch.device, health: Health | None = None) -> None:
         self.raw = raw
         self.rank = rank
         self.num_ranks = num_ranks
         self._lock = threading.Lock()
-        self._lost: tuple[int, ...] | None = None
+        self._device = device
+        self._health = health or Health()
 
     @property
     def lost_ranks(self) -> tuple[int, ...] | None:
         """The ranks whose absence broke this group, or None while it works."""
-        return self._lost
+        return self._health.lost
 
     def exchange(self, send: Sequence[torch.Tensor], recv: Sequence[torch.Tensor], *, op: str, timeout: float) -> None:
         """All-to-all: `send[p]` goes to rank p and lands in its `recv[rank]`.
@@ -61,26 +99,20 @@ class Group(ABC):
             InvalidArgument: not one contiguous tensor per rank, or the own entries differ in size.
         """
         self._check(send, recv, op, timeout)
-        with self._lock:
-            if self._lost is not None:
-                who = ", ".join(map(str, self._lost)) or "unknown"
-                raise BufferDestroyed(f"{op}: this group lost rank(s) {who} earlier; build a new one without them")
-            try:
-                self._run(send, recv, op, timeout)
-            except CommTimeout as error:
-                self._lost = error.missing_ranks
-                raise
+        with self._guard(op):
+            self._run(send, recv, op, Limit(timeout))
 
     def all_gather_object(self, obj: Any, *, op: str, timeout: float) -> list[Any]:
         """Every rank's `obj` (picklable), in rank order. Errors and arguments as in `exchange`."""
-        deadline = time.monotonic() + timeout
+        limit = Limit(timeout)
         mine = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
         length = torch.tensor([mine.numel()])
         lengths = [torch.zeros_like(length) for _ in range(self.num_ranks)]
-        self.exchange([length] * self.num_ranks, lengths, op=op, timeout=timeout)
-        parts = [torch.empty(int(item), dtype=torch.uint8) for item in lengths]
-        left = max(0.0, deadline - time.monotonic())
-        self.exchange([mine] * self.num_ranks, parts, op=op, timeout=left)
+        self._check([length] * self.num_ranks, lengths, op, timeout)
+        with self._guard(op):
+            self._run([length] * self.num_ranks, lengths, op, limit)
+            parts = [torch.empty(int(item), dtype=torch.uint8) for item in lengths]
+            self._run([mine] * self.num_ranks, parts, op, limit)
         return [pickle.loads(part.numpy().tobytes()) for part in parts]
 
     def barrier(self, *, op: str, timeout: float) -> None:
@@ -90,26 +122,48 @@ class Group(ABC):
 
     @abstractmethod
     def _exchange_bytes(
-        self, send: Sequence[torch.Tensor], recv: Sequence[torch.Tensor], op: str, timeout: float
+        self, send: Sequence[torch.Tensor], recv: Sequence[torch.Tensor], op: str, limit: Limit
     ) -> None:
-        """`exchange` of flat uint8 tensors on this group's device, own entry already done."""
+        """`exchange` of flat uint8 tensors on `self._device`; own entries are to be left alone."""
 
-    def _run(self, send: Sequence[torch.Tensor], recv: Sequence[torch.Tensor], op: str, timeout: float) -> None:
-        recv[self.rank].reshape(-1).view(torch.uint8).copy_(send[self.rank].reshape(-1).view(torch.uint8))
+    @contextlib.contextmanager
+    def _guard(self, op: str) -> Iterator[None]:
+        with self._lock:
+            if self._health.lost is not None:
+                who = ", ".join(map(str, self._health.lost)) or "unknown"
+                raise BufferDestroyed(
+                    f"{op}: this group broke when it lost rank(s) {who}; build a new group, and a new buffer on it"
+                )
+            try:
+                yield
+            except CommTimeout as error:
+                self._health.lost = error.missing_ranks
+                raise
+            except BaseException:
+                self._health.lost = ()  # interrupted half-way: nobody knows which messages got through
+                raise
+
+    def _run(self, send: Sequence[torch.Tensor], recv: Sequence[torch.Tensor], op: str, limit: Limit) -> None:
+        outgoing, incoming = [_flat(tensor) for tensor in send], [_flat(tensor) for tensor in recv]
+        results = list(incoming)
+        incoming[self.rank].copy_(outgoing[self.rank])
         if self.num_ranks == 1:
             return
-        outgoing = [_to_host(tensor, index == self.rank) for index, tensor in enumerate(send)]
-        incoming = [_host_twin(tensor, index == self.rank) for index, tensor in enumerate(recv)]
-        if any(tensor.is_cuda for tensor in send):
-            torch.cuda.current_stream().synchronize()
-        self._exchange_bytes(outgoing, incoming, op, timeout)
-        for index, (tensor, host) in enumerate(zip(recv, incoming, strict=True)):
-            if index != self.rank and tensor.is_cuda:
-                tensor.reshape(-1).view(torch.uint8).copy_(host, non_blocking=True)
+        for peer in range(self.num_ranks):
+            if peer != self.rank:
+                outgoing[peer] = _moved(outgoing[peer], self._device)
+                incoming[peer] = _twin(incoming[peer], self._device)
+        if self._device.type == "cpu" and any(tensor.is_cuda for tensor in send):
+            torch.cuda.current_stream().synchronize()  # the copies above are asynchronous
+        self._exchange_bytes(outgoing, incoming, op, limit)
+        for result, staged in zip(results, incoming, strict=True):
+            if result is not staged:
+                # Back to the host a copy must wait: nobody would know when it is done.
+                result.copy_(staged, non_blocking=result.is_cuda)
 
     def _check(self, send: Sequence[torch.Tensor], recv: Sequence[torch.Tensor], op: str, timeout: float) -> None:
-        if timeout < 0:
-            raise InvalidArgument(f"{op}: timeout={timeout}: expected seconds, at least 0")
+        if not 0 <= timeout < math.inf:
+            raise InvalidArgument(f"{op}: timeout={timeout}: expected seconds, at least 0 and finite")
         for name, tensors in (("send", send), ("recv", recv)):
             if len(tensors) != self.num_ranks:
                 raise InvalidArgument(
@@ -144,18 +198,36 @@ def make_group(group: Any = None, comm: Any = None) -> Group:
         from deepep.group_mpi import MpiGroup
 
         return MpiGroup(comm)
-    from deepep.group_torch import make_torch_group
-
-    return make_torch_group(group)
+    return _over_torch(group)
 
 
-def _to_host(tensor: torch.Tensor, skip: bool) -> torch.Tensor:
-    flat = tensor.reshape(-1).view(torch.uint8)
-    if skip or not tensor.is_cuda:
+def _over_torch(group: Any) -> Group:
+    import torch.distributed as dist
+
+    if not isinstance(group, dist.ProcessGroup):
+        raise InvalidArgument(
+            f"group={group!r}: expected a torch.distributed ProcessGroup that this process is a member of"
+        )
+    backends = dict(item.split(":") for item in dist.get_backend_config(group).split(","))
+    if backends.get("cpu") == "gloo":
+        from deepep.group_gloo import GlooGroup
+
+        return GlooGroup(group)
+    from deepep.group_collective import CollectiveGroup
+
+    return CollectiveGroup(group, "cuda" if "cuda" in backends else "cpu")
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _moved(flat: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return flat if flat.device.type == device.type else _twin(flat, device).copy_(flat, non_blocking=flat.is_cuda)
+
+
+def _twin(flat: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Room for the bytes of `flat` on `device`: itself if it is there, else new (pinned on the host)."""
+    if flat.device.type == device.type:
         return flat
-    return torch.empty(flat.shape, dtype=torch.uint8, pin_memory=True).copy_(flat, non_blocking=True)
-
-
-def _host_twin(tensor: torch.Tensor, skip: bool) -> torch.Tensor:
-    flat = tensor.reshape(-1).view(torch.uint8)
-    return flat if skip or not tensor.is_cuda else torch.empty(flat.shape, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(flat.shape, dtype=torch.uint8, device=device, pin_memory=device.type == "cpu")

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 # After one rank has failed its peers may wait for it in vain: how long they get to answer, seconds.
 _GRACE = 15.0
@@ -69,7 +70,7 @@ class Workers:
         self._timeout = timeout
         self._processes: list[SpawnProcess] = []
         self._connections: list[Connection] = []
-        self._store: dist.TCPStore | None = None
+        self._store: TCPStore | None = None
 
     def __enter__(self) -> Workers:
         if not self._processes:
@@ -132,7 +133,7 @@ class Workers:
 
     def _start(self) -> None:
         # The store listens here, on a port the kernel chose while binding: no race, and no rank's death takes it along.
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = multiprocessing.get_context("spawn")
         for rank in range(self.num_ranks):
             ours, theirs = context.Pipe()
@@ -302,7 +303,7 @@ def _join(place: tuple[int, int, int], setup: tuple[str, str, float]) -> None:
     if device == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
     limit = timedelta(seconds=timeout)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=limit)
+    store = TCPStore("127.0.0.1", port, is_master=False, timeout=limit)
     dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=limit)
 
 
