@@ -1,0 +1,7 @@
+"""`deep_ep.buffers.legacy`: the first generation."""
+
+from deepep.compat._lazy import lazy_names
+
+_NAMES = {"Buffer": "deepep", "Config": "deepep", "EventHandle": "deepep", "EventOverlap": "deepep"}
+__all__ = list(_NAMES)
+__getattr__, __dir__ = lazy_names(__name__, _NAMES)

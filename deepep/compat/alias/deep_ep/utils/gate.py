@@ -1,0 +1,4 @@
+"""`deep_ep.utils.gate`."""
+
+from deepep.compat.gate import *  # noqa: F403
+from deepep.compat.gate import __all__ as __all__
