@@ -1,7 +1,7 @@
 """What every rank must get, from the inputs of all ranks alone: routing, layouts, compact rows, sums.
 
 Written to be obviously right, not fast: places come from plain loops over (rank, token, position), only payload moves
-through torch. Nothing here communicates or looks at a backend. `oracle_low_latency` and `oracle_elastic` go on from here.
+through torch. Nothing here communicates or looks at a backend. `oracle_low_latency` and `oracle_elastic` build on this.
 """
 
 from __future__ import annotations
@@ -183,7 +183,8 @@ def expected_combine(
     terms = []
     for token, ranks in enumerate(rank_terms(route, rank, by_rank=by_rank)):
         rows = [(dst, outputs[dst][route.row_of[dst, rank, token]]) for dst in ranks]
-        terms.append(reduce_hosts(rows, ranks_per_host, by_rank=by_rank) if ranks_per_host else [row for _, row in rows])
+        whole = [row for _, row in rows]
+        terms.append(reduce_hosts(rows, ranks_per_host, by_rank=by_rank) if ranks_per_host else whole)
     return add_terms(terms, outputs[0], bias)
 
 
@@ -219,7 +220,7 @@ def round_sum(rows: Sequence[torch.Tensor]) -> torch.Tensor:
 def add_terms(
     terms: Sequence[Sequence[torch.Tensor]], like: torch.Tensor, bias: Sequence[torch.Tensor] = ()
 ) -> torch.Tensor:
-    """Start from the biases, add each token's terms in the given order in float32, round once: [T, H] of `like.dtype`."""
+    """Start from the biases, add each token's terms in order in float32, round once: [T, H] of `like.dtype`."""
     total = torch.zeros(len(terms), like.shape[-1])
     if bias:
         total = bias[0].float() if len(bias) == 1 else bias[0].float() + bias[1].float()

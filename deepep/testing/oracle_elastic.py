@@ -64,10 +64,8 @@ def expected_expanded(route: Route, inputs: Sequence[Inputs], rank: int, expert_
     for row, (src, token) in enumerate(route.rows[rank]):
         for k, expert in enumerate(route.choices[src][token]):
             if expert in route.local_experts(rank):
-                expanded_row[row, k] = starts[expert % route.num_local_experts] + route.place_of[src, token, k]
-    return ExpandedRows(
-        _cat(blocks), _cat(sf_blocks) if sf_blocks else None, weights, is_padding, counts, expanded_row
-    )
+                expanded_row[row, k] = _expanded_row(route, src, token, k, expert_alignment)
+    return ExpandedRows(_cat(blocks), _cat(sf_blocks) if sf_blocks else None, weights, is_padding, counts, expanded_row)
 
 
 def expected_handle(
@@ -99,13 +97,10 @@ def expected_handle(
     )
 
 
-def worst_case_rows(route: Route, num_max_tokens_per_rank: int, *, expert_alignment: int, do_expand: bool) -> int:
-    """Count the rows that a dispatch without CPU sync allocates."""
-    num_rows = route.num_ranks * num_max_tokens_per_rank
-    if not do_expand:
-        return num_rows
-    per_token = min(route.num_topk, route.num_local_experts)
-    return align(num_rows * per_token + (expert_alignment - 1) * route.num_local_experts, expert_alignment)
+def worst_case_rows(route: Route, num_max_tokens_per_rank: int, expert_alignment: int = 1) -> int:
+    """Count the expanded rows that a dispatch without CPU sync allocates."""
+    num_rows = route.num_ranks * num_max_tokens_per_rank * min(route.num_topk, route.num_local_experts)
+    return align(num_rows + (expert_alignment - 1) * route.num_local_experts, expert_alignment)
 
 
 def expected_expanded_combine(
@@ -134,17 +129,6 @@ def expected_expanded_combine(
     return add_terms(terms, outputs[0], bias)
 
 
-def expected_owner_weights(route: Route, weights: Sequence[torch.Tensor], rank: int) -> torch.Tensor:
-    """Take each slot's weight from `weights[dst]` [N, K] of the rank that owns its expert, 0 for empty slots: [T, K]."""
-    combined = torch.zeros(len(route.choices[rank]), route.num_topk)
-    for token, choice in enumerate(route.choices[rank]):
-        for k, expert in enumerate(choice):
-            if expert >= 0:
-                dst = route.owner(expert)
-                combined[token, k] = weights[dst][route.row_of[dst, rank, token], k]
-    return combined
-
-
 def expected_expanded_weights(
     route: Route, weights: Sequence[torch.Tensor], rank: int, expert_alignment: int = 1
 ) -> torch.Tensor:
@@ -153,10 +137,8 @@ def expected_expanded_weights(
     for token, choice in enumerate(route.choices[rank]):
         for k, expert in enumerate(choice):
             if expert >= 0:
-                dst = route.owner(expert)
-                starts, _ = _expert_blocks(route, dst, expert_alignment)
-                row = starts[expert % route.num_local_experts] + route.place_of[rank, token, k]
-                combined[token, k] = weights[dst][row]
+                row = _expanded_row(route, rank, token, k, expert_alignment)
+                combined[token, k] = weights[route.owner(expert)][row]
     return combined
 
 
@@ -168,10 +150,15 @@ def _copies_of(
     for k, expert in enumerate(route.choices[rank][token]):
         if expert >= 0:
             dst = route.owner(expert)
-            starts, _ = _expert_blocks(route, dst, expert_alignment)
-            row = starts[expert % route.num_local_experts] + route.place_of[rank, token, k]
-            copies.append((dst, outputs[dst][row]))
+            copies.append((dst, outputs[dst][_expanded_row(route, rank, token, k, expert_alignment)]))
     return copies
+
+
+def _expanded_row(route: Route, src: int, token: int, k: int, expert_alignment: int) -> int:
+    """Find the row of one choice at the rank that owns the expert."""
+    expert = route.choices[src][token][k]
+    starts, _ = _expert_blocks(route, route.owner(expert), expert_alignment)
+    return starts[expert % route.num_local_experts] + route.place_of[src, token, k]
 
 
 def _expert_blocks(route: Route, rank: int, expert_alignment: int) -> tuple[list[int], list[int]]:
