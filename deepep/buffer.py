@@ -309,7 +309,7 @@ class Buffer(LowLatencyMixin, Front):
         routing = routing_of(handle, (IntranodeHandle, InternodeHandle), self._owner, op)
         if topk_idx is not None or topk_weights is not None or num_worst_tokens:
             raise InvalidArgument(
-                f"{op}: handle repeats a routing; topk_idx, topk_weights and num_worst_tokens must go"
+                f"{op}: handle repeats a routing; leave out topk_idx, topk_weights, num_worst_tokens"
             )
         check_rows(op, "x", x, routing.dst_rank.shape[0])
         return routing

@@ -11,7 +11,7 @@ import pickle
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,18 +102,20 @@ class Group(ABC):
         with self._guard(op):
             self._run(send, recv, op, Limit(timeout))
 
-    def all_gather_object(self, obj: Any, *, op: str, timeout: float) -> list[Any]:
-        """Every rank's `obj` (picklable), in rank order. Errors and arguments as in `exchange`."""
-        limit = Limit(timeout)
+    def all_gather_object(self, obj: Any, *, op: str, timeout: float, skip: Collection[int] = ()) -> list[Any]:
+        """Every rank's `obj` (picklable), in rank order, None for ranks in `skip`; otherwise as `exchange`."""
+        deadline = time.monotonic() + timeout
         mine = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
         length = torch.tensor([mine.numel()])
-        lengths = [torch.zeros_like(length) for _ in range(self.num_ranks)]
-        self._check([length] * self.num_ranks, lengths, op, timeout)
-        with self._guard(op):
-            self._run([length] * self.num_ranks, lengths, op, limit)
-            parts = [torch.empty(int(item), dtype=torch.uint8) for item in lengths]
-            self._run([mine] * self.num_ranks, parts, op, limit)
-        return [pickle.loads(part.numpy().tobytes()) for part in parts]
+        lengths = [torch.zeros(0 if peer in skip else 1, dtype=torch.int64) for peer in range(self.num_ranks)]
+        self.exchange(self._to_all(length, skip), lengths, op=op, timeout=timeout)
+        parts = [torch.empty(int(item.sum()), dtype=torch.uint8) for item in lengths]
+        left = max(0.0, deadline - time.monotonic())
+        self.exchange(self._to_all(mine, skip), parts, op=op, timeout=left)
+        return [pickle.loads(part.numpy().tobytes()) if part.numel() else None for part in parts]
+
+    def _to_all(self, message: torch.Tensor, skip: Collection[int]) -> list[torch.Tensor]:
+        return [message[:0] if peer in skip else message for peer in range(self.num_ranks)]
 
     def barrier(self, *, op: str, timeout: float) -> None:
         """Returns once every rank has called it. Errors and arguments as in `exchange`."""

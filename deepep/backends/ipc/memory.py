@@ -121,7 +121,7 @@ class SymmetricMemory:
     def offset_of(self, tensor: torch.Tensor) -> int | None:
         """Byte offset of a contiguous tensor that lies inside this rank's memory, or None."""
         offset = tensor.data_ptr() - self.address
-        inside = tensor.is_cuda and 0 <= offset and offset + tensor.nbytes <= self.num_bytes
+        inside = tensor.is_cuda and offset >= 0 and offset + tensor.nbytes <= self.num_bytes
         return offset if inside and tensor.is_contiguous() else None
 
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
