@@ -106,10 +106,10 @@ class Group(ABC):
         """Every rank's `obj` (picklable), in rank order, None for ranks in `skip`; otherwise as `exchange`."""
         deadline = time.monotonic() + timeout
         mine = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
-        length = torch.tensor([mine.numel()])
-        lengths = [torch.zeros(0 if peer in skip else 1, dtype=torch.int64) for peer in range(self.num_ranks)]
+        length = torch.tensor([mine.numel()], device="cpu")
+        lengths = [torch.zeros(0 if peer in skip else 1, dtype=torch.int64, device="cpu") for peer in range(self.num_ranks)]
         self.exchange(self._to_all(length, skip), lengths, op=op, timeout=timeout)
-        parts = [torch.empty(int(item.sum()), dtype=torch.uint8) for item in lengths]
+        parts = [torch.empty(int(item.sum()), dtype=torch.uint8, device="cpu") for item in lengths]
         left = max(0.0, deadline - time.monotonic())
         self.exchange(self._to_all(mine, skip), parts, op=op, timeout=left)
         return [pickle.loads(part.numpy().tobytes()) if part.numel() else None for part in parts]
@@ -119,7 +119,7 @@ class Group(ABC):
 
     def barrier(self, *, op: str, timeout: float) -> None:
         """Returns once every rank has called it. Errors and arguments as in `exchange`."""
-        word = torch.zeros(1, dtype=torch.uint8)
+        word = torch.zeros(1, dtype=torch.uint8, device="cpu")
         self.exchange([word] * self.num_ranks, [word.clone() for _ in range(self.num_ranks)], op=op, timeout=timeout)
 
     @abstractmethod

@@ -166,7 +166,7 @@ class GlooGroup(Group):
         return CommTimeout(op, sorted(outcome.left), timeout, "they gave up waiting earlier")
 
     def _say_farewell(self, outcome: _Outcome) -> None:
-        message = torch.zeros(self.num_ranks, dtype=torch.uint8)
+        message = torch.zeros(self.num_ranks, dtype=torch.uint8, device="cpu")
         message[sorted(outcome.dead)] = 1
         works = []
         for peer in self._shared.farewells.keys() - outcome.closed:
@@ -188,7 +188,7 @@ class GlooGroup(Group):
 
 
 def _listen(group: Any, peer: int) -> tuple[torch.Tensor, Any]:
-    message = torch.zeros(group.size(), dtype=torch.uint8)
+    message = torch.zeros(group.size(), dtype=torch.uint8, device="cpu")
     try:
         return message, group.recv([message], peer, _FAREWELL_TAG)
     except RuntimeError:

@@ -115,14 +115,14 @@ class _Combine:
         if self.routing.expanded_row is not None:
             slots = self.routing.expanded_row
             given = torch.where(slots >= 0, given[slots.clamp(min=0).to(torch.int64)], 0.0) if given.numel() else (
-                torch.zeros(slots.shape, device=slots.device)
+                torch.zeros(slots.shape, dtype=torch.float32, device=slots.device)
             )  # fmt: skip
         home = self._go_home(given)
         if self.request.weight_source is WeightSource.ALL_RANKS or self.routing.topk_idx is None:
             return ordered_sum(home, self._index_at_home(self.dst_rank))
         ranks = topk_ranks(self.routing.topk_idx, self.routing.num_experts // self.num_ranks)
         if home.shape[0] == 0:
-            return torch.zeros(ranks.shape, device=ranks.device)
+            return torch.zeros(ranks.shape, dtype=torch.float32, device=ranks.device)
         row = self._index_at_home(ranks)
         return torch.where(row >= 0, home.gather(0, row.clamp(min=0)), 0.0)
 
@@ -182,7 +182,7 @@ class _Combine:
     def _exchange_back(self, rows: torch.Tensor, num_sent: list[int], coming: list[int]) -> torch.Tensor:
         started = time.monotonic()
         home = return_rows(self.group, rows.contiguous(), num_sent, coming, "combine", self._time_left())
-        self.backend.count_wait(self.request.wait_recv_cost_stats, torch.tensor(coming), time.monotonic() - started)
+        self.backend.count_wait(self.request.wait_recv_cost_stats, torch.tensor(coming, device="cpu"), time.monotonic() - started)
         return home
 
     def _index_at_home(self, ranks: torch.Tensor) -> torch.Tensor:

@@ -60,7 +60,7 @@ class _Dispatch:
         if topk_idx is not None:
             expert_counts = count_experts(topk_idx, self.num_local_experts)
         else:
-            said = torch.tensor([list(n.num_tokens_per_expert) for n in notices if n is not None])
+            said = torch.tensor([list(n.num_tokens_per_expert) for n in notices if n is not None], device="cpu")
             mine = slice(rank * self.num_local_experts, (rank + 1) * self.num_local_experts)
             expert_counts = said[:, mine].sum(dim=0).to(torch.int32).to(self.device)
         aligned = [align(int(count), request.expert_alignment) for count in expert_counts.tolist()]
@@ -96,7 +96,8 @@ class _Dispatch:
         if routing is None:
             raise TypeError("repeat() needs a routing")
         self._notify(cached=True)
-        arriving = routing.psum_num_recv_tokens_per_rank.cpu().to(torch.int64).diff(prepend=torch.zeros(1).long())
+        zero = torch.zeros(1, dtype=torch.int64, device="cpu")
+        arriving = routing.psum_num_recv_tokens_per_rank.cpu().to(torch.int64).diff(prepend=zero)
         topk_idx, topk_weights = self._receive_topk(arriving, routing.num_recv_tokens)
         return self._lay_out(routing, arriving, topk_idx, topk_weights)
 

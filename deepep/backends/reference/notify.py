@@ -58,7 +58,8 @@ def notify(group: Group, mine: Notice, timeout: float, masked: Collection[int] =
 def count_matrix(notices: list[Notice | None]) -> torch.Tensor:
     """Stack what the ranks send: [R, R] int64, row = source, column = receiver; 0 for masked ranks."""
     num_ranks = len(notices)
-    return torch.tensor([list(n.num_tokens_per_rank) if n else [0] * num_ranks for n in notices], dtype=torch.int64)
+    counts = [list(n.num_tokens_per_rank) if n else [0] * num_ranks for n in notices]
+    return torch.tensor(counts, dtype=torch.int64, device="cpu")
 
 
 def check_room(op: str, notices: list[Notice | None], counts: torch.Tensor) -> None:

@@ -94,6 +94,6 @@ def _start(
     start: Sequence[torch.Tensor], block: slice, num_tokens: int, hidden: int, device: torch.device
 ) -> torch.Tensor:
     if not start:
-        return torch.zeros(num_tokens, hidden, device=device)
+        return torch.zeros(num_tokens, hidden, dtype=torch.float32, device=device)
     total = start[0][block].float()
     return total + start[1][block].float() if len(start) == 2 else total.clone()
