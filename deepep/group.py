@@ -107,7 +107,7 @@ class Group(ABC):
         deadline = time.monotonic() + timeout
         mine = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
         length = torch.tensor([mine.numel()], device="cpu")
-        lengths = [torch.zeros(0 if peer in skip else 1, dtype=torch.int64, device="cpu") for peer in range(self.num_ranks)]
+        lengths = [torch.zeros_like(length[:0] if peer in skip else length) for peer in range(self.num_ranks)]
         self.exchange(self._to_all(length, skip), lengths, op=op, timeout=timeout)
         parts = [torch.empty(int(item.sum()), dtype=torch.uint8, device="cpu") for item in lengths]
         left = max(0.0, deadline - time.monotonic())

@@ -9,7 +9,8 @@ import deep_ep
 import torch
 import torch.distributed as dist
 from deep_ep.utils.envs import dist_print, get_global_seed, get_local_seed, get_physical_domain_size, init_dist
-from deep_ep.utils.refs import dispatch
+from deep_ep.utils.math import calc_diff, per_token_cast_back
+from deep_ep.utils.refs import combine, dispatch
 from torch.multiprocessing.spawn import spawn
 
 CHILD = "import deep_ep, sys; sys.stdout.write('grandchild ' + deep_ep.__version__)"
@@ -24,6 +25,7 @@ def worker(local_rank: int, num_local_ranks: int) -> None:
     assert get_physical_domain_size(group) == deep_ep.get_logical_domain_size(group) == (1, 2)
     assert deep_ep.get_logical_domain_size(group, allow_hybrid_mode=False) == (1, 2)
     check_dispatch(rank)
+    check_buffer(rank, num_ranks, group)
     for turn in range(num_ranks):
         dist_print(f"rank {rank} is done" if turn == rank else "", once_in_node=False)
     dist_print("printed once", once_in_node=True)
@@ -47,6 +49,42 @@ def check_dispatch(rank: int) -> None:
     assert rows.x[0].float()[:, 7].tolist() == expected[3]
     assert rows.x[1].flatten().tolist() == expected[4]
     assert dispatch(x, topk_idx, None, 3, 4).topk_weights is None
+
+
+def check_buffer(rank: int, num_ranks: int, group: dist.ProcessGroup) -> None:
+    """Both kinds of calls, under a default dtype and a default device that are not those of the tensors."""
+    num_tokens, hidden, num_experts, num_topk = 5 + rank, 512, 8, 4
+    x = torch.randn(num_tokens, hidden, device="cpu")
+    topk_idx = torch.rand(num_tokens, num_experts, device="cpu").topk(num_topk).indices
+    weights = torch.rand(num_tokens, num_topk, dtype=torch.float32, device="cpu")
+    outputs = x[:, None].expand(-1, num_topk, -1)
+    with torch.device("meta"):
+        buffer = deep_ep.Buffer(group, 1 << 20, 1 << 20, low_latency_mode=True)
+        layout = buffer.get_dispatch_layout(topk_idx, num_experts)
+        recv_x, recv_topk_idx, recv_topk_weights, _, handle, _ = buffer.dispatch(
+            x,
+            num_tokens_per_rank=layout[0],
+            num_tokens_per_rdma_rank=layout[1],
+            num_tokens_per_expert=layout[2],
+            is_token_in_rank=layout[3],
+            topk_idx=topk_idx,
+            topk_weights=weights,
+        )
+        combined_x, combined_weights, _ = buffer.combine(recv_x, handle, topk_weights=recv_topk_weights)
+        recv, counts, ll_handle, _, _ = buffer.low_latency_dispatch(x, topk_idx, 8, num_experts)
+        expert_x = per_token_cast_back(recv[0].flatten(0, 1), recv[1].flatten(0, 1)).view(recv[0].shape)
+        ll_x, _, _ = buffer.low_latency_combine(expert_x, topk_idx, weights, ll_handle, use_logfmt=True)
+    rows = dispatch(x, topk_idx, weights, 8, num_experts)
+    assert torch.equal(recv_x, rows.x)
+    assert torch.equal(recv_topk_idx, rows.topk_idx)
+    assert torch.equal(recv_topk_weights, rows.topk_weights)
+    assert torch.equal(combined_weights, weights)
+    # Compact rows come back once per rank: at the highest position that chose it.
+    owner = topk_idx // (num_experts // num_ranks)
+    is_last = torch.stack([(owner[:, k + 1 :] != owner[:, k : k + 1]).all(dim=1) for k in range(num_topk)], dim=1)
+    assert torch.equal(combined_x, combine(outputs, torch.where(is_last, topk_idx, -1), 1, num_ranks, num_experts))
+    assert int(counts.sum()) == int((rows.topk_idx >= 0).sum())
+    assert calc_diff(ll_x, x.float() * weights.sum(dim=1, keepdim=True)) < 1e-3
 
 
 if __name__ == "__main__":

@@ -182,7 +182,9 @@ class _Combine:
     def _exchange_back(self, rows: torch.Tensor, num_sent: list[int], coming: list[int]) -> torch.Tensor:
         started = time.monotonic()
         home = return_rows(self.group, rows.contiguous(), num_sent, coming, "combine", self._time_left())
-        self.backend.count_wait(self.request.wait_recv_cost_stats, torch.tensor(coming, device="cpu"), time.monotonic() - started)
+        self.backend.count_wait(
+            self.request.wait_recv_cost_stats, torch.tensor(coming, device="cpu"), time.monotonic() - started
+        )
         return home
 
     def _index_at_home(self, ranks: torch.Tensor) -> torch.Tensor:
