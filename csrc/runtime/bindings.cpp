@@ -1,8 +1,5 @@
 // Python's view of the host runtime: `deepep._runtime`.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <stdexcept>
 
 #include "driver.h"
 #include "wait.h"
@@ -12,41 +9,34 @@ namespace py = pybind11;
 namespace deepep {
 namespace {
 
-void launch_kernel(uintptr_t function, unsigned grid, unsigned block, unsigned shared_bytes, uintptr_t stream,
-            const py::buffer& arguments, unsigned cluster, bool cooperative, bool overlap_previous) {
-  driver::LaunchAttribute attributes[3] = {};
+void launch_kernel(uintptr_t function, unsigned grid, unsigned block, unsigned smem, uintptr_t stream, uintptr_t args,
+                   bool cooperative, bool pdl) {
+  driver::LaunchAttribute attributes[2] = {};
   unsigned num_attributes = 0;
   if (cooperative) {
     attributes[num_attributes].id = driver::kLaunchAttributeCooperative;
     attributes[num_attributes++].value.flag = 1;
   }
-  if (cluster > 1) {
-    attributes[num_attributes].id = driver::kLaunchAttributeClusterDimension;
-    attributes[num_attributes++].value.cluster = {cluster, 1, 1};
-  }
-  if (overlap_previous) {
+  if (pdl) {
     attributes[num_attributes].id = driver::kLaunchAttributeProgrammaticStreamSerialization;
     attributes[num_attributes++].value.flag = 1;
   }
-  const driver::LaunchConfig config{grid, 1, 1, block, 1, 1, shared_bytes, reinterpret_cast<void*>(stream),
-                                    attributes, num_attributes};
-  const py::buffer_info view = arguments.request();
-  driver::launch(config, reinterpret_cast<void*>(function), view.ptr);
+  const driver::LaunchConfig config{grid, 1, 1, block, 1, 1, smem, reinterpret_cast<void*>(stream), attributes, num_attributes};
+  driver::launch(config, reinterpret_cast<void*>(function), reinterpret_cast<void*>(args));
 }
 
-py::tuple wait_without_lock(uintptr_t words, size_t num_words, uint32_t epoch, double timeout_s, uintptr_t stop) {
-  Waited result;
+bool wait_without_lock(uintptr_t address, uint64_t value, double timeout_s) {
   bool is_interrupted = false;
+  bool has_come = false;
   {
     py::gil_scoped_release release;
-    result = deepep::wait_for_words(reinterpret_cast<const volatile uint64_t*>(words), num_words, epoch, timeout_s,
-                                    reinterpret_cast<const volatile uint64_t*>(stop), [&] {
-                                      py::gil_scoped_acquire acquire;
-                                      return is_interrupted = PyErr_CheckSignals() != 0;
-                                    });
+    has_come = wait_word(reinterpret_cast<const volatile uint64_t*>(address), value, timeout_s, [&] {
+      py::gil_scoped_acquire acquire;
+      return is_interrupted = PyErr_CheckSignals() != 0;
+    });
   }
   if (is_interrupted) throw py::error_already_set();
-  return py::make_tuple(result.values, result.missing);
+  return has_come;
 }
 
 }  // namespace
@@ -54,11 +44,9 @@ py::tuple wait_without_lock(uintptr_t words, size_t num_words, uint32_t epoch, d
 
 PYBIND11_MODULE(_runtime, module) {
   module.doc() = "Launches and waits of the CUDA backends, without the interpreter's overhead and without its lock.";
-  module.def("launch", &deepep::launch_kernel, py::arg("function"), py::arg("grid"), py::arg("block"), py::arg("shared_bytes"),
-             py::arg("stream"), py::arg("arguments"), py::arg("cluster") = 1, py::arg("cooperative") = false,
-             py::arg("overlap_previous") = false,
-             "Start a kernel whose only parameter is a struct, given as any object with the buffer protocol.");
-  module.def("wait_for_words", &deepep::wait_without_lock, py::arg("words"), py::arg("num_words"), py::arg("epoch"),
-             py::arg("timeout_s"), py::arg("stop") = 0,
-             "Wait for {epoch, value} words at an address; returns (values, indices that did not come).");
+  module.def("launch", &deepep::launch_kernel, py::arg("function"), py::arg("grid"), py::arg("block"), py::arg("smem"),
+             py::arg("stream"), py::arg("args"), py::arg("cooperative") = false, py::arg("pdl") = false,
+             "Start a kernel whose only parameter is the struct at address `args`.");
+  module.def("wait_word", &deepep::wait_without_lock, py::arg("address"), py::arg("value"), py::arg("timeout_s"),
+             "Wait until the 64-bit word at an address has a value; False when the time is up.");
 }

@@ -1,9 +1,6 @@
 // The CUDA driver's entry points that a launch needs, found at run time: no CUDA header, nothing to link against.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
-
 namespace deepep::driver {
 
 // The driver's own types and numbers, from its documented binary interface (cuda.h). They have not moved since CUDA 12.0.
@@ -13,7 +10,6 @@ using Result = int;
 
 enum LaunchAttributeId : int {
   kLaunchAttributeCooperative = 2,
-  kLaunchAttributeClusterDimension = 4,
   kLaunchAttributeProgrammaticStreamSerialization = 6,
 };
 
@@ -23,9 +19,6 @@ struct LaunchAttribute {
   union {
     char bytes[64];
     int flag;
-    struct {
-      unsigned x, y, z;
-    } cluster;
   } value;
 };
 

@@ -9,7 +9,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from deepep.cuda import jit, sources
+from deepep import env
+from deepep.cuda import jit
+from deepep.cuda.kernels import kernel_specs
 from deepep.errors import DeepEPError
 
 DEFAULT_ARCHS = ["sm_80", "sm_90", "sm_100"]
@@ -18,31 +20,20 @@ DEFAULT_ARCHS = ["sm_80", "sm_90", "sm_100"]
 def main(args: Sequence[str] | None = None) -> int:
     """Compile every kernel for the architectures asked for and print one line per file; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m deepep compile", description=__doc__)
-    parser.add_argument(
-        "--arch", nargs="+", default=DEFAULT_ARCHS, metavar="sm_90", help="architectures to compile for"
-    )
-    parser.add_argument(
-        "--transport",
-        nargs="+",
-        default=[jit.DEFAULT_TRANSPORT],
-        choices=sources.transport_names(),
-        help="load/store or network transports",
-    )
     options = parser.parse_args(args)
     started = time.monotonic()
-    report: list[jit.Compiled] = []
     try:
-        with _progress_bar(len(sources.kernel_names()) * len(options.arch) * len(options.transport)) as bar:
-            for transport in options.transport:
-                report += jit.compile_all(options.arch, transport, lambda _: bar.update())
+        specs = kernel_specs()
+        with _progress_bar(len({(spec.source, spec.defines) for spec in specs}) * len(options.arch)) as bar:
+            report = jit.compile_all(specs, options.arch, lambda _: bar.update())
     except DeepEPError as error:
         print(error, file=sys.stderr)
         return 1
     for item in report:
         state = "cached" if item.was_cached else "compiled"
-        print(f"{item.arch:8} {item.name:16} {item.num_bytes / 1024:8.1f} KiB  {state}")
+        print(f"{item.arch:8} {item.source:28} {item.num_bytes / 1024:8.1f} KiB  {state}")
     seconds = time.monotonic() - started
-    print(f"{len(report)} kernel files in {jit.cache_dir()} ({seconds:.1f} s, NVRTC {jit.nvrtc_version()})")
+    print(f"{len(report)} kernel files in {env.cache_dir()} ({seconds:.1f} s, NVRTC {jit.nvrtc_version()})")
     return 0
 
 

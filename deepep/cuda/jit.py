@@ -1,8 +1,8 @@
 """Compile kernels with NVRTC, keep the binaries, load them.
 
-A kernel file defines `extern "C"` entry points over whichever transport is compiled in. Its binary depends on the sources
-it reaches, the options, the NVRTC version and the architecture; a hash of these names the file in the cache, so nothing
-stale is ever loaded and ranks that compile at the same time only do the work twice.
+A kernel file defines `extern "C"` entry points over whichever transport is compiled in. Its binary depends on the
+sources it reaches, the options, the NVRTC version and the architecture; a hash of these names the file in the cache, so
+nothing stale is ever loaded, and ranks that compile at the same time only do the work twice.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import functools
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
+from deepep import env
 from deepep.cuda import driver, sources
 from deepep.errors import BackendUnavailable, DeepEPError
 
@@ -61,70 +64,79 @@ def supported_archs() -> tuple[str, ...]:
     return tuple(f"sm_{number}" for number in _call("nvrtcGetSupportedArchs"))
 
 
-def cache_dir() -> Path:
-    """Folder of compiled kernels: `DEEPEP_CACHE_DIR`, or `~/.cache/deepep`."""
-    return Path(os.environ.get("DEEPEP_CACHE_DIR") or Path.home() / ".cache" / "deepep")
+@dataclass(frozen=True)
+class KernelSpec:
+    """One entry point of a kernel file.
+
+    Attributes:
+        name: of the `extern "C"` function.
+        source: file relative to the source root, e.g. `"kernels/dispatch.cu"`.
+        defines: macros it is compiled with, as (name, value).
+        transport: which transport it is compiled over, a file of `csrc/transports`.
+    """
+
+    name: str
+    source: str
+    defines: tuple[tuple[str, str | int], ...] = ()
+    transport: str = DEFAULT_TRANSPORT
 
 
-def compile_options(arch: str, transport: str = DEFAULT_TRANSPORT) -> list[str]:
-    """Options every kernel is compiled with. Products and sums stay apart: combine's bits are part of the contract."""
+def compile_options(spec: KernelSpec, arch: str) -> list[str]:
+    """Options of a kernel. Products and sums stay apart (no fused multiply-add): combine's bits are in the contract."""
     return [
         f"--gpu-architecture={arch}",
         "--std=c++17",
         "--fmad=false",
         "--generate-line-info",
         "--device-as-default-execution-space",
-        f'-DDEEPEP_TRANSPORT_HEADER="{sources.transport_header(transport)}"',
+        f'-DDEEPEP_TRANSPORT_HEADER="{sources.transport_header(spec.transport)}"',
+        f"-DDEEPEP_CHECK_INDICES={int(env.debug())}",
+        *(f"-D{name}={value}" for name, value in spec.defines),
     ]
 
 
-def cache_path(name: str, arch: str, transport: str = DEFAULT_TRANSPORT) -> Path:
-    """Give the file that holds, or will hold, the binary of a kernel as its sources are now."""
-    parts = [sources.content_hash(name, transport), nvrtc_version(), *compile_options(arch, transport)]
+def cache_path(spec: KernelSpec, arch: str) -> Path:
+    """Give the file that holds, or will hold, the binary of a kernel's file as its sources are now."""
+    parts = [sources.content_hash(spec.source, spec.transport), nvrtc_version(), *compile_options(spec, arch)]
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
-    return cache_dir() / f"{name}-{transport}-{arch}-{digest}.cubin"
+    return env.cache_dir() / f"{Path(spec.source).stem}-{spec.transport}-{arch}-{digest}.cubin"
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel file compiled for one architecture: where it lies, its size in bytes, and whether it was there before."""
+    """The binary of a kernel file for one architecture, its size in bytes, and whether it was there before."""
 
-    name: str
+    source: str
     arch: str
     path: Path
     num_bytes: int
     was_cached: bool
 
 
-def compile_kernel(name: str, arch: str, transport: str = DEFAULT_TRANSPORT) -> Compiled:
-    """Compile `csrc/kernels/<name>.cu`, or find it in the cache. Needs no GPU.
-
-    Args:
-        name: of the kernel file.
-        arch: e.g. `"sm_90"`.
-        transport: which transport the kernels are compiled over, a file of `csrc/transports`.
+def compile_kernel(spec: KernelSpec, arch: str) -> Compiled:
+    """Compile the file of a kernel for an architecture such as `"sm_90"`, or find it in the cache. Needs no GPU.
 
     Raises:
         CompileError: NVRTC refused it.
         BackendUnavailable: NVRTC is missing, or cannot compile for `arch`.
-        InvalidArgument: no such kernel or transport.
+        InvalidArgument: no such file or transport.
     """
-    path = cache_path(name, arch, transport)
+    path = cache_path(spec, arch)
     if path.is_file():
-        return Compiled(name, arch, path, path.stat().st_size, was_cached=True)
+        return Compiled(spec.source, arch, path, path.stat().st_size, was_cached=True)
     if arch not in supported_archs():
         known = ", ".join(supported_archs())
         raise BackendUnavailable(
             f"NVRTC {nvrtc_version()} cannot compile for {arch} (it knows {known}); install another"
         )
-    cubin = _compile(name, arch, transport)
+    cubin = _compile(spec, arch)
     _write_atomically(path, cubin)
-    return Compiled(name, arch, path, len(cubin), was_cached=False)
+    return Compiled(spec.source, arch, path, len(cubin), was_cached=False)
 
 
-def _compile(name: str, arch: str, transport: str) -> bytes:
-    path = sources.kernel_path(name)
-    options = compile_options(arch, transport) + [f"--include-path={folder}" for folder in sources.include_dirs()]
+def _compile(spec: KernelSpec, arch: str) -> bytes:
+    path = sources.source_path(spec.source)
+    options = compile_options(spec, arch) + [f"--include-path={folder}" for folder in sources.include_dirs()]
     program = _call("nvrtcCreateProgram", path.read_bytes(), str(path).encode(), 0, [], [])
     nvrtc = _nvrtc()
     try:
@@ -154,39 +166,61 @@ def _write_atomically(path: Path, content: bytes) -> None:
 
 
 def compile_all(
-    archs: list[str], transport: str = DEFAULT_TRANSPORT, progress: Callable[[Compiled], None] | None = None
+    specs: Sequence[KernelSpec], archs: Sequence[str], progress: Callable[[Compiled], None] | None = None
 ) -> list[Compiled]:
-    """Compile every kernel for every architecture, telling `progress` of each; raises as `compile_kernel` does."""
+    """Compile every file that `specs` name, for every architecture, telling `progress` of each.
+
+    Raises as `compile_kernel` does. A file with several entry points is compiled once per set of defines.
+    """
+    files = list(dict.fromkeys(replace(spec, name="") for spec in specs))
     report = []
     for arch in archs:
-        for name in sources.kernel_names():
-            report.append(compile_kernel(name, arch, transport))
+        for spec in files:
+            report.append(compile_kernel(spec, arch))
             if progress is not None:
                 progress(report[-1])
     return report
 
 
-class Module:
-    """A loaded kernel file. It stays loaded until the process ends, since functions may be part of captured graphs."""
+class Kernel:
+    """A loaded entry point. It stays loaded until the process ends, since it may be part of captured graphs.
 
-    def __init__(self, cubin: bytes) -> None:
-        self._module = driver.call("cuModuleLoadData", cubin)
+    Attributes:
+        handle: for `launch`.
+        num_regs: registers per thread.
+        local_bytes: local memory per thread (spills and stack), bytes.
+    """
 
-    @functools.cache  # noqa: B019 (a module lives as long as the process)
-    def function(self, symbol: str, max_dynamic_smem: int = 0) -> int:
-        """Give the handle of an entry point, allowed to use `max_dynamic_smem` bytes of dynamic shared memory."""
-        function = driver.call("cuModuleGetFunction", self._module, symbol.encode())
-        if max_dynamic_smem:
-            attribute = getattr(driver.bindings().CUfunction_attribute, _MAX_SMEM_ATTRIBUTE)
-            driver.call("cuFuncSetAttribute", function, attribute, max_dynamic_smem)
-        return int(function)
+    def __init__(self, module: Any, name: str) -> None:
+        self._function = driver.call("cuModuleGetFunction", module, name.encode())
+        self.handle = int(self._function)
+        self.num_regs = self._attribute("CU_FUNC_ATTRIBUTE_NUM_REGS")
+        self.local_bytes = self._attribute("CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES")
+
+    def set_max_smem(self, num_bytes: int) -> None:
+        """Allow a launch up to `num_bytes` of dynamic shared memory; needed above 48 KiB."""
+        attribute = driver.bindings().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        driver.call("cuFuncSetAttribute", self._function, attribute, num_bytes)
+
+    def blocks_per_sm(self, num_threads: int, smem: int) -> int:
+        """How many blocks of this shape one multiprocessor holds at once."""
+        return int(driver.call("cuOccupancyMaxActiveBlocksPerMultiprocessor", self._function, num_threads, smem))
+
+    def _attribute(self, name: str) -> int:
+        return int(
+            driver.call("cuFuncGetAttribute", getattr(driver.bindings().CUfunction_attribute, name), self._function)
+        )
 
 
 @functools.cache
-def _load(name: str, device: int, transport: str) -> Module:
-    return Module(compile_kernel(name, driver.arch_of(device), transport).path.read_bytes())
+def _load_module(spec: KernelSpec, device: int) -> Any:
+    cubin = compile_kernel(spec, driver.arch_of(device)).path.read_bytes()
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()  # makes the context current
+        return driver.call("cuModuleLoadData", cubin)
 
 
-def load(name: str, transport: str = DEFAULT_TRANSPORT) -> Module:
-    """Load kernel file `name` on the current device, compiling it first if need be; raises as `compile_kernel` does."""
-    return _load(name, driver.current_device(), transport)
+@functools.cache
+def load(spec: KernelSpec, device: int) -> Kernel:
+    """Load a kernel on a device, compiling its file first if need be; raises as `compile_kernel` does."""
+    return Kernel(_load_module(replace(spec, name=""), device), spec.name)

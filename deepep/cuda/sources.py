@@ -27,26 +27,21 @@ def source_root() -> Path:
     raise BackendUnavailable(f"no kernel sources in {package / '_csrc'} or beside the package; reinstall deepep")
 
 
-def kernel_names() -> list[str]:
-    """List the kernel files by name, `csrc/kernels/<name>.cu`, in alphabetical order."""
-    return sorted(path.stem for path in (source_root() / "kernels").glob("*.cu"))
-
-
 def transport_names() -> list[str]:
     """List the transports by name, `csrc/transports/<name>.cuh`, in alphabetical order."""
     return sorted(path.stem for path in (source_root() / "transports").glob("*.cuh"))
 
 
-def kernel_path(name: str) -> Path:
-    """Give the file of kernel `name`; raises `InvalidArgument` naming those there are."""
-    path = source_root() / "kernels" / f"{name}.cu"
+def source_path(source: str) -> Path:
+    """Give a kernel file by its path inside the source root; raises `InvalidArgument` where there is none."""
+    path = source_root() / source
     if not path.is_file():
-        raise InvalidArgument(f"no kernel '{name}': there are {', '.join(kernel_names())}")
+        raise InvalidArgument(f"no kernel source '{source}' in {source_root()}")
     return path
 
 
 def transport_header(transport: str) -> str:
-    """Give the header that holds `transport`, relative to the source root; raises `InvalidArgument` naming those there are."""
+    """Give the header of a transport, relative to the source root; raises `InvalidArgument` naming those there are."""
     header = f"transports/{transport}.cuh"
     if not (source_root() / header).is_file():
         raise InvalidArgument(f"no transport '{transport}': there are {', '.join(transport_names())}")
@@ -58,10 +53,10 @@ def include_dirs() -> list[Path]:
     return [source_root() / "include", source_root(), source_root() / "include" / "nvrtc"]
 
 
-def content_hash(name: str, transport: str) -> str:
-    """Hash kernel `name`, the transport and every header of ours that they reach, as hex digits."""
+def content_hash(source: str, transport: str) -> str:
+    """Hash a kernel file, the transport and every header of ours that they reach, as hex digits."""
     digest = hashlib.sha256()
-    for path in _closure([kernel_path(name), source_root() / transport_header(transport)]):
+    for path in _closure([source_path(source), source_root() / transport_header(transport)]):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(source_root())} {len(content)}\n".encode())
         digest.update(content)

@@ -1,9 +1,9 @@
 """`SymmetricMemory`: the same bytes at the same offset on every rank of a host, each rank able to address all of them.
 
-Lifetime. `destroy` is local: it waits for this rank's own kernels (all of them bounded), says in every peer's memory that
-this rank is out, and unmaps. The rank's own memory is given back once every peer has said so or is dead, which is looked
-up at the next construction or `destroy` in this process; what is left then goes with the process. So no rank ever waits
-for another to destroy, and no rank's memory goes away under a peer's running kernel.
+Lifetime. `close` is local: it waits for this rank's own kernels (all of them bounded), says in every peer's memory
+that this rank is out, and unmaps. The rank's own memory is given back once every peer has said so or is dead, which is
+looked up at the next construction or `close` in this process; what is left then goes with the process. So no rank ever
+waits for another to close, and no rank's memory goes away under a peer's running kernel.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Card:
 
 @dataclass
 class _Remains:
-    """What is left of a memory after `destroy`: freed when no peer maps it any more."""
+    """What is left of a memory after `close`: freed when no peer maps it any more."""
 
     own: Segment
     leave_address: int
@@ -83,9 +83,9 @@ class SymmetricMemory:
 
     Attributes:
         num_bytes: usable bytes, the same on every rank.
-        address: of this rank's first byte.
-        peer_addresses: of every rank's first byte as this rank addresses it, by rank.
-        peer_table_address: a device array of these addresses, uint64 `[R]`.
+        base: address of this rank's first byte.
+        peer_bases: address of every rank's first byte as this rank sees it, by rank.
+        peer_table: a device array of these addresses, uint64 `[R]`.
         kind: how it is shared, for people.
         device: index of the device it lies on.
     """
@@ -120,27 +120,27 @@ class SymmetricMemory:
 
     def offset_of(self, tensor: torch.Tensor) -> int | None:
         """Byte offset of a contiguous tensor that lies inside this rank's memory, or None."""
-        offset = tensor.data_ptr() - self.address
+        offset = tensor.data_ptr() - self.base
         inside = tensor.is_cuda and offset >= 0 and offset + tensor.nbytes <= self.num_bytes
         return offset if inside and tensor.is_contiguous() else None
 
-    def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Give a tensor over this rank's bytes from `offset` on. It must not be used after `destroy`."""
+    def as_tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Give a tensor over this rank's bytes from `offset` on. It must not be used after `close`."""
         num_bytes = dtype.itemsize
         for size in shape:
             num_bytes *= size
         if num_bytes == 0:
             return torch.empty(shape, dtype=dtype, device=f"cuda:{self.device}")
-        view = _CudaArray(self, self.address + offset, num_bytes)
+        view = _CudaArray(self, self.base + offset, num_bytes)
         return torch.as_tensor(view, device=f"cuda:{self.device}").view(dtype).view(shape)
 
     def retire(self) -> None:
-        """What a destructor may do: no CUDA call, no wait. The rest happens at the next construction or `destroy`."""
+        """What a destructor may do: no CUDA call, no wait. The rest happens at the next construction or `close`."""
         remains, self._remains = self._remains, None
         if remains is not None:
             _graveyard.append(remains)
 
-    def destroy(self) -> None:
+    def close(self) -> None:
         """Unmap the peers and give the memory back as soon as they have left. May be called twice, never raises."""
         self.retire()
         with contextlib.suppress(DeepEPError, RuntimeError), torch.cuda.device(self.device):
@@ -175,10 +175,10 @@ class SymmetricMemory:
             own.address if rank == group.rank else mappings[rank].address if rank in mappings else peer.address
             for rank, peer in enumerate(cards)
         ]
-        self.kind, self.address, self.peer_addresses = kind.kind, own.address, tuple(addresses)
-        self.peer_table_address = own.address + table_offset
+        self.kind, self.base, self.peer_bases = kind.kind, own.address, tuple(addresses)
+        self.peer_table = own.address + table_offset
         table = (ctypes.c_uint64 * group.num_ranks)(*addresses)
-        driver.call("cuMemcpyHtoD", self.peer_table_address, ctypes.addressof(table), ctypes.sizeof(table))
+        driver.call("cuMemcpyHtoD", self.peer_table, ctypes.addressof(table), ctypes.sizeof(table))
         others = [rank for rank in range(group.num_ranks) if rank != group.rank]
         words = [addresses[rank] + leave_offset + 4 * group.rank for rank in range(group.num_ranks)]
         pids = [cards[rank].pid for rank in range(group.num_ranks)]
@@ -247,9 +247,9 @@ def _open_all(cards: list[_Card], rank: int, kind: type[Segment], device: int) -
 def _check_peer_access(card: _Card, device: int) -> str:
     """Say why this device cannot address the peer's, where that is known beforehand; "" otherwise."""
     for other in range(torch.cuda.device_count()):
-        if other != device and str(torch.cuda.get_device_properties(other).uuid) == card.device_uuid:
-            if not torch.cuda.can_device_access_peer(device, other):
-                return f"GPU {device} cannot access GPU {other}: no NVLink or PCIe peer access between them"
+        is_peers = other != device and str(torch.cuda.get_device_properties(other).uuid) == card.device_uuid
+        if is_peers and not torch.cuda.can_device_access_peer(device, other):
+            return f"GPU {device} cannot access GPU {other}: no NVLink or PCIe peer access between them"
     return ""
 
 

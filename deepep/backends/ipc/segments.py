@@ -1,8 +1,8 @@
 """Two ways to let other processes of this host map a piece of GPU memory: CUDA IPC handles, and VMM file descriptors.
 
-Each way is a pair: a `Segment` is memory of our own, its `ticket()` is a picklable object, and `open_ticket` turns a peer's
-ticket into an address here. Sizes are rounded up to the granularity of the allocator, so that nothing else of this process
-lies in the pages that peers map.
+A `Segment` is memory of our own, its `ticket()` a picklable object, and `open_ticket` turns a peer's ticket into an
+address here. Sizes are rounded up to the granularity of the allocator, so that nothing else of this process lies in the
+pages that peers map.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class IpcSegment(Segment):
 
 
 class VmmSegment(Segment):
-    """Memory of the virtual memory API whose file descriptor travels over a Unix socket: needs no shared pid namespace."""
+    """Memory of the virtual memory API whose file descriptor travels over a Unix socket."""
 
     kind = "VMM file descriptors"
 
