@@ -1,0 +1,196 @@
+// What every kernel of an operation does besides moving rows: epochs, bounded waits, headers, the grid barrier, leaving.
+#pragma once
+
+#include <deepep/layout.cuh>
+#include <deepep/ptx.cuh>
+#include <deepep/transport.cuh>
+
+namespace deepep {
+
+// One CTA's view of the running operation. Made by every thread.
+struct Operation {
+    const Window& window;
+    Transport transport;
+    Control* control;
+    uint32_t epoch, bank;
+    uint64_t deadline;
+
+    __device__ explicit Operation(const Window& w)
+        : window(w), transport(w.peers, w.rank, w.num_ranks) {
+        control = reinterpret_cast<Control*>(transport.local(0));
+        epoch = *reinterpret_cast<volatile uint32_t*>(&control->epoch) + 1;
+        bank = epoch % 2;
+        deadline = global_timer_ns() + w.timeout_ns;
+    }
+
+    __device__ uint64_t header_at(uint32_t source) const {
+        return window.header + ((bank * window.num_ranks + source) * uint64_t{kHeaderWords}) * 8;
+    }
+    __device__ uint64_t matrix_at(uint32_t source) const {
+        return window.matrix + (bank * window.num_ranks + source) * uint64_t{window.num_ranks} * 8;
+    }
+    __device__ uint64_t counts_at(uint32_t source) const {
+        return window.counts + (bank * window.num_ranks + source) * uint64_t{window.max_local_experts} * 8;
+    }
+    __device__ uint64_t ready_at(uint32_t source) const { return window.ready + (bank * window.num_ranks + source) * 8; }
+    __device__ uint64_t metadata_at(uint32_t source) const {
+        return window.metadata + (bank * window.num_ranks + source) * window.metadata_bytes;
+    }
+    __device__ uint64_t* flag_of(uint32_t owner, uint32_t index) const {
+        return reinterpret_cast<uint64_t*>(
+            transport.local(window.flags + (uint64_t{owner} * window.num_flags + index) * 8));
+    }
+
+    __device__ bool failed() const { return *reinterpret_cast<volatile uint32_t*>(&control->error) != kOk; }
+
+    __device__ void host_word(int index, uint32_t value) const {
+        store_relaxed_sys(pointer<uint64_t>(window.host) + index, make_word(window.ticket, value));
+    }
+
+    // Say once what went wrong; the code is written last, so that the host finds the rest in place.
+    __device__ void fail(Code code, uint32_t field, uint32_t other, uint32_t theirs, uint32_t ours) const {
+        if (atomicCAS(&control->error, kOk, code) != kOk) return;
+        host_word(kHostField, field);
+        host_word(kHostRank, other);
+        host_word(kHostTheirs, theirs);
+        host_word(kHostOurs, ours);
+        fence_sys();
+        store_release_sys(pointer<uint64_t>(window.host) + kHostCode, make_word(window.ticket, code));
+    }
+
+    // Wait for a word of this epoch with at least this value. False: out of time, or another wait already failed.
+    __device__ bool wait(const uint64_t* word, uint32_t wanted_epoch, uint32_t wanted_value, uint32_t peer) const {
+        return wait_counted(word, wanted_epoch, wanted_value, peer, nullptr);
+    }
+
+    __device__ bool wait_counted(const uint64_t* word, uint32_t wanted_epoch, uint32_t wanted_value, uint32_t peer,
+                                 uint64_t* found) const {
+        for (uint32_t spins = 1;; ++spins) {
+            const uint64_t now = load_acquire_sys(word);
+            // Epochs wrap: compare by distance.
+            const int32_t lead = static_cast<int32_t>(word_epoch(now) - wanted_epoch);
+            if (lead > 0 || (lead == 0 && word_value(now) >= wanted_value)) {
+                if (found != nullptr) *found = now;
+                return true;
+            }
+            if (spins % 32 == 0) {
+                if (global_timer_ns() > deadline) {
+                    host_word(kHostMissing + static_cast<int>(peer), 1);
+                    fence_sys();
+                    fail(kTimeout, 0, peer, 0, 0);
+                    return false;
+                }
+                if (failed()) return false;
+            }
+        }
+    }
+
+    // All CTAs of the grid; the n-th barrier of a kernel. They are few enough to be resident together.
+    __device__ bool grid_barrier(uint32_t n) const {
+        __shared__ uint32_t passed;
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            add_acq_rel_gpu(&control->arrivals, 1);
+            passed = 1;
+            for (uint32_t spins = 1; load_acquire_gpu(&control->arrivals) < n * gridDim.x; ++spins) {
+                if (spins % 64 == 0 && global_timer_ns() > deadline) {
+                    passed = 0;
+                    break;
+                }
+            }
+        }
+        __syncthreads();
+        return passed != 0;
+    }
+
+    // CTA 0 tells every peer about this rank. first_row[r]: kHeaderFirstRow for peer r, or null.
+    __device__ void send_headers(const uint32_t* agreed, uint32_t tokens, uint32_t rows, uint32_t sf, uint32_t ring,
+                                 uint32_t room, uint32_t refused) const {
+        for (uint32_t i = threadIdx.x; i < window.num_ranks * kHeaderWords; i += blockDim.x) {
+            const uint32_t peer = i / kHeaderWords, field = i % kHeaderWords;
+            uint32_t value = 0;
+            if (field < kNumAgreed) value = agreed[field];
+            if (field == kHeaderRefused) value = refused;
+            if (field == kHeaderTokens) value = tokens;
+            if (field == kHeaderRows) value = rows;
+            if (field == kHeaderSf) value = sf;
+            if (field == kHeaderRing) value = ring;
+            if (field == kHeaderRoom) value = room;
+            if (field == kHeaderFirstRow) continue;
+            // A zero-copy input was written by earlier kernels: release it together with the words.
+            transport.release_signal(peer, header_at(window.rank) + field * 8, make_word(epoch, value));
+        }
+    }
+
+    // Wait for all words of a peer's header; the threads of a CTA share the work. header: [R][kHeaderWords] in shared.
+    __device__ void wait_headers(uint32_t* header, bool with_first_row) const {
+        for (uint32_t i = threadIdx.x; i < window.num_ranks * kHeaderWords; i += blockDim.x) {
+            const uint32_t peer = i / kHeaderWords, field = i % kHeaderWords;
+            header[i] = 0;
+            if (field == kHeaderFirstRow && !with_first_row) continue;
+            uint64_t word = 0;
+            const uint64_t* address = reinterpret_cast<const uint64_t*>(transport.local(header_at(peer) + field * 8));
+            if (wait_counted(address, epoch, 0, peer, &word)) header[i] = word_value(word);
+        }
+        __syncthreads();
+    }
+
+    // Compare headers; one thread per rank finds the first difference.
+    __device__ void compare_headers(const uint32_t* header) const {
+        const uint32_t peer = threadIdx.x;
+        if (peer < window.num_ranks && peer != window.rank && !failed()) {
+            const uint32_t* theirs = header + peer * kHeaderWords;
+            const uint32_t* ours = header + window.rank * kHeaderWords;
+            if (theirs[kHeaderRefused]) {
+                fail(kRefused, kHeaderRefused, peer, 1, 0);
+            } else {
+                for (uint32_t field = 0; field < kNumAgreed; ++field) {
+                    if (theirs[field] != ours[field]) {
+                        fail(kDisagree, field, peer, theirs[field], ours[field]);
+                        break;
+                    }
+                }
+            }
+        }
+        __syncthreads();
+    }
+
+    // Before the payload is overwritten: every peer has read what it wanted of the epoch before.
+    __device__ void wait_readers() const {
+        for (uint32_t peer = threadIdx.x; peer < window.num_ranks; peer += blockDim.x) {
+            wait(reinterpret_cast<const uint64_t*>(transport.local(window.done + peer * 8)), epoch - 1, 0, peer);
+        }
+        __syncthreads();
+    }
+
+    // Every CTA leaves here. `closes`: the operation ends with this kernel. `keeps_input`: the user may write to the
+    // window as soon as the kernel is over, so nobody may still be reading.
+    __device__ void leave(bool closes, bool keeps_input) const {
+        __shared__ uint32_t is_last;
+        __syncthreads();
+        if (threadIdx.x == 0) is_last = add_acq_rel_gpu(&control->exits, 1) == gridDim.x - 1;
+        __syncthreads();
+        if (!is_last) return;
+        if (closes) {
+            for (uint32_t peer = threadIdx.x; peer < window.num_ranks; peer += blockDim.x) {
+                transport.release_signal(peer, window.done + window.rank * 8, make_word(epoch, 0));
+            }
+            if (keeps_input) {
+                for (uint32_t peer = threadIdx.x; peer < window.num_ranks; peer += blockDim.x) {
+                    wait(reinterpret_cast<const uint64_t*>(transport.local(window.done + peer * 8)), epoch, 0, peer);
+                }
+            }
+            __syncthreads();
+        }
+        if (threadIdx.x == 0) {
+            control->arrivals = control->exits = 0;
+            if (closes) {
+                control->next_stage = control->next_job = control->metadata = 0;
+                control->error = kOk;
+                control->epoch = epoch;
+            }
+        }
+    }
+};
+
+}  // namespace deepep

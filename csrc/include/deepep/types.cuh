@@ -1,0 +1,50 @@
+// Fixed-width types and the few constants that everything here shares.
+#pragma once
+
+#include <stdint.h>
+
+namespace deepep {
+
+constexpr int kWarpSize = 32;
+constexpr uint32_t kFullMask = 0xffffffffu;
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kHasBulkCopies = true;
+#else
+constexpr bool kHasBulkCopies = false;
+#endif
+
+// 16 bytes, the unit of every payload.
+struct alignas(16) Vec16 {
+    uint32_t word[4];
+};
+
+template <typename T>
+__device__ __forceinline__ constexpr T ceil_div(T a, T b) {
+    return (a + b - 1) / b;
+}
+
+template <typename T>
+__device__ __forceinline__ constexpr T align_up(T a, T b) {
+    return ceil_div(a, b) * b;
+}
+
+template <typename T>
+__device__ __forceinline__ T min_of(T a, T b) {
+    return a < b ? a : b;
+}
+
+template <typename T>
+__device__ __forceinline__ T max_of(T a, T b) {
+    return a > b ? a : b;
+}
+
+template <typename T>
+__device__ __forceinline__ T* pointer(uint64_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % kWarpSize; }
+__device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x) / kWarpSize; }
+
+}  // namespace deepep
