@@ -51,6 +51,7 @@ class IntranodeHandle(_IntranodeFields):
 
     routing: Routing
     owner: int
+    has_tail: bool  # shapes are worst-case: rows past the last that arrived hold nothing
 
 
 class InternodeHandle(_InternodeFields):
@@ -58,6 +59,7 @@ class InternodeHandle(_InternodeFields):
 
     routing: Routing
     owner: int
+    has_tail: bool
 
 
 class LowLatencyHandle(_LowLatencyFields):
@@ -96,6 +98,7 @@ def make_normal_handle(
         )
     handle.routing = routing
     handle.owner = owner
+    handle.has_tail = not result.num_recv_tokens_per_expert_list
     return handle
 
 
