@@ -13,6 +13,9 @@ from deepep.version import __version__
 if TYPE_CHECKING:
     from deepep.buffer import Buffer
     from deepep.config import Config
+    from deepep.elastic import ElasticBuffer
+    from deepep.elastic_handle import EPHandle
+    from deepep.elastic_sizes import get_logical_domain_size, get_physical_domain_size
     from deepep.errors import (
         BackendUnavailable,
         BufferDestroyed,
@@ -32,11 +35,15 @@ _HOMES = {
     "CommTimeout": "errors",
     "Config": "config",
     "DeepEPError": "errors",
+    "EPHandle": "elastic_handle",
+    "ElasticBuffer": "elastic",
     "EventHandle": "event",
     "EventOverlap": "event",
     "InvalidArgument": "errors",
     "Topology": "topology",
     "UnsupportedOperation": "errors",
+    "get_logical_domain_size": "elastic_sizes",
+    "get_physical_domain_size": "elastic_sizes",
     "topk_idx_t": "validate",
 }
 
@@ -47,12 +54,16 @@ __all__ = [
     "CommTimeout",
     "Config",
     "DeepEPError",
+    "EPHandle",
+    "ElasticBuffer",
     "EventHandle",
     "EventOverlap",
     "InvalidArgument",
     "Topology",
     "UnsupportedOperation",
     "__version__",
+    "get_logical_domain_size",
+    "get_physical_domain_size",
     "topk_idx_t",
 ]
 

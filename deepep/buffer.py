@@ -18,6 +18,7 @@ from deepep.low_latency import LowLatencyMixin
 from deepep.stream import check_stream_arguments
 from deepep.topology import Topology
 from deepep.validate import (
+    COMBINE_DTYPES,
     Payload,
     check_bias,
     check_experts,
@@ -28,8 +29,6 @@ from deepep.validate import (
     split_payload,
     values_are_checked,
 )
-
-COMBINE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Buffer(LowLatencyMixin, Front):

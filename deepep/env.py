@@ -15,13 +15,13 @@ def backend() -> str | None:
     return _text("DEEPEP_BACKEND")
 
 
-def timeout() -> float:
-    """`DEEPEP_TIMEOUT`: how long to wait for a peer, seconds, above 0; 100 if unset.
+def timeout(default: float = DEFAULT_TIMEOUT) -> float:
+    """`DEEPEP_TIMEOUT`: how long to wait for a peer, seconds, above 0; `default` if unset.
 
     Raises:
         InvalidArgument: it is not a positive number.
     """
-    return _positive("DEEPEP_TIMEOUT", DEFAULT_TIMEOUT)
+    return _positive("DEEPEP_TIMEOUT", default)
 
 
 def num_hosts() -> int | None:

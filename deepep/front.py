@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -137,13 +137,13 @@ class Front:
         self, op: str, request: DispatchRequest, is_async: bool, previous_event: Event | None
     ) -> tuple[Any, EventOverlap]:
         backend = self._fit(op, request.x, request.layout)
-        return self._run(lambda: backend.dispatch(request), request, is_async, previous_event)
+        return self._run(lambda: backend.dispatch(request), (request,), request.x.is_cuda, is_async, previous_event)
 
     def _combine(
         self, op: str, request: CombineRequest, is_async: bool, previous_event: Event | None
     ) -> tuple[Any, EventOverlap]:
         backend = self._fit(op, request.x, request.routing.layout)
-        return self._run(lambda: backend.combine(request), request, is_async, previous_event)
+        return self._run(lambda: backend.combine(request), (request,), request.x.is_cuda, is_async, previous_event)
 
     def _fit(self, op: str, x: torch.Tensor, layout: Any) -> Backend:
         backend = self._alive(op)
@@ -160,11 +160,16 @@ class Front:
         return backend
 
     def _run(
-        self, work: Callable[[], Result], request: Any, is_async: bool, previous_event: Event | None
+        self,
+        work: Callable[[], Result],
+        inputs: Iterable[object],
+        on_cuda: bool,
+        is_async: bool,
+        previous_event: Event | None,
     ) -> tuple[Result, EventOverlap]:
         try:
             return self._comm_stream.run(
-                work, (request,), is_async=is_async, previous_event=previous_event, on_cuda=request.x.is_cuda
+                work, inputs, is_async=is_async, previous_event=previous_event, on_cuda=on_cuda
             )
         except CommTimeout as error:
             self._broken = str(error)

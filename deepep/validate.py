@@ -11,6 +11,7 @@ from deepep.errors import InvalidArgument
 
 ROW_BYTES_MULTIPLE = 16
 topk_idx_t = torch.int64
+COMBINE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 Payload = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 

@@ -75,6 +75,7 @@ class BackendOptions:
     num_max_tokens_per_rank: int = 0
     hidden: int = 0
     num_topk: int = 0
+    allow_hybrid_mode: bool = True  # False: a combine across hosts adds up ranks at once, not hosts first
     low_latency_mode: bool = False
     enable_shrink: bool = False
     num_sms: int = 0
@@ -209,7 +210,8 @@ class CombineRequest:
         scale_topk_idx: [T, K] int64 and
         scale_topk_weights: [T, K] float32, both at the token's home: scale each expert's row (low latency), or None.
             Product and sum are rounded to fp32 one after the other (no fused multiply-add), so every backend agrees.
-        reduction: where expert outputs of one token are added; matters for expanded and padded rows.
+        reduction: where expert outputs of one token are added; matters for expanded and padded rows, and across hosts
+            for compact ones, which PER_COPY adds up at home alone.
         use_logfmt: rows travel through the LogFMT-10 cast.
         zero_copy: x lies in the buffer of `next_combine_buffer`; its content is already where peers can read it.
         out: [T, H] to write to, or None.

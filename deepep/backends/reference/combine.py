@@ -76,9 +76,14 @@ class _Combine:
         rows = self._cast(rows)
         home = self._go_home(rows)
         index = self._index_at_home(self.dst_rank)
-        if self.routing.layout is not Layout.PADDED and self.backend.topology.num_scaleout_ranks > 1:
+        if self._is_two_level():
             return self._two_level_sum(home, index)
         return ordered_sum(home, index, self.request.bias)
+
+    def _is_two_level(self) -> bool:
+        if self.routing.layout is Layout.PADDED or self.request.reduction is Reduction.PER_COPY:
+            return False
+        return self.backend.options.allow_hybrid_mode and self.backend.topology.num_scaleout_ranks > 1
 
     def per_copy(self) -> torch.Tensor:
         """One row per (token, expert) travels; gives the sum over top-k positions, [T, H]."""

@@ -1,0 +1,114 @@
+"""What `ElasticBuffer.dispatch` is told, checked and stated as a `DispatchRequest`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from deepep.backends.base import DispatchRequest, Layout, Routing
+from deepep.elastic_handle import EPHandle
+from deepep.errors import InvalidArgument
+from deepep.layout import num_expanded_rows_at_most
+from deepep.validate import check_experts, check_rows, check_tensor, check_topk, check_weights
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a caller may name and a handle holds; None where it was left out."""
+
+    num_experts: int | None
+    num_max_tokens_per_rank: int | None
+    expert_alignment: int | None
+    do_expand: bool | None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a request is made: R ranks, M where nobody names it, and the most top-k positions the backend takes."""
+
+    num_ranks: int
+    num_max_tokens_per_rank: int
+    max_topk: int
+
+
+def fresh_request(
+    x: torch.Tensor,
+    sf: torch.Tensor | None,
+    topk_idx: torch.Tensor | None,
+    topk_weights: torch.Tensor | None,
+    stats: torch.Tensor | None,
+    named: Named,
+    do_cpu_sync: bool,
+    place: Place,
+) -> DispatchRequest:
+    """State a dispatch that finds its own routing.
+
+    Raises:
+        InvalidArgument: names the argument.
+    """
+    op = "dispatch"
+    if topk_idx is None or named.num_experts is None:
+        raise InvalidArgument(f"{op}: topk_idx and num_experts are needed without a handle")
+    num_experts, alignment = named.num_experts, 1 if named.expert_alignment is None else named.expert_alignment
+    max_tokens = named.num_max_tokens_per_rank
+    if max_tokens is None:
+        max_tokens = place.num_max_tokens_per_rank
+    check_experts(op, num_experts, place.num_ranks)
+    check_topk(op, topk_idx, topk_weights, x.shape[0], num_experts, place.max_topk)
+    if alignment < 1:
+        raise InvalidArgument(f"{op}: expert_alignment={alignment}; it must be at least 1")
+    if max_tokens < max(x.shape[0], 1):
+        raise InvalidArgument(
+            f"{op}: num_max_tokens_per_rank is {max_tokens} and x has {x.shape[0]} tokens; it must be at least 1 and "
+            "at least the tokens of any rank, given here or to the constructor"
+        )
+    num_local = num_experts // place.num_ranks
+    if stats is not None:
+        check_tensor(op, "cumulative_local_expert_recv_stats", stats, torch.int32, (num_local,), x.device)
+    num_worst = None
+    if not do_cpu_sync:
+        num_worst = place.num_ranks * max_tokens
+        if named.do_expand:
+            num_worst = num_expanded_rows_at_most(num_worst, topk_idx.shape[1], num_local, alignment)
+    return DispatchRequest(
+        x, sf, topk_idx, topk_weights, num_experts,
+        num_max_tokens_per_rank=max_tokens,
+        layout=Layout.EXPANDED if named.do_expand else Layout.COMPACT,
+        expert_alignment=alignment, num_worst_rows=num_worst,
+        cumulative_local_expert_recv_stats=stats,
+    )  # fmt: skip
+
+
+def cached_request(
+    x: torch.Tensor,
+    sf: torch.Tensor | None,
+    handle: EPHandle,
+    routing: Routing | None,
+    topk_idx: torch.Tensor | None,
+    topk_weights: torch.Tensor | None,
+    named: Named,
+    do_cpu_sync: bool | None,
+) -> DispatchRequest:
+    """State a dispatch that repeats the routing of `handle`; `routing` is that, where it is known already.
+
+    Raises:
+        InvalidArgument: names the argument that does not go with the handle.
+    """
+    op = "dispatch"
+    if topk_idx is not None or do_cpu_sync:
+        raise InvalidArgument(f"{op}: handle repeats a routing; leave out topk_idx and do_cpu_sync")
+    for name, value in vars(named).items():
+        if value is not None and value != getattr(handle, name):
+            raise InvalidArgument(
+                f"{op}: {name} is {value} and the handle's is {getattr(handle, name)}; leave it out, or pass the same"
+            )
+    check_rows(op, "x", x, handle.topk_idx.shape[0])
+    if topk_weights is not None:
+        check_weights(op, topk_weights, tuple(handle.topk_idx.shape))
+    return DispatchRequest(
+        x, sf, handle.topk_idx, topk_weights, handle.num_experts,
+        num_max_tokens_per_rank=handle.num_max_tokens_per_rank,
+        layout=Layout.EXPANDED if handle.do_expand else Layout.COMPACT,
+        expert_alignment=handle.expert_alignment, routing=routing,
+    )  # fmt: skip
