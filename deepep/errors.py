@@ -20,12 +20,14 @@ class CommTimeout(DeepEPError, TimeoutError):
         op: the operation that waited, e.g. `"dispatch"`.
         missing_ranks: ranks (of the group) that were not heard from, ascending.
         timeout: the limit that passed, seconds.
+        detail: what else is known, or empty.
     """
 
     def __init__(self, op: str, missing_ranks: Sequence[int], timeout: float, detail: str = "") -> None:
         self.op = op
         self.missing_ranks = tuple(sorted(missing_ranks))
         self.timeout = timeout
+        self.detail = detail
         who = ", ".join(str(rank) for rank in self.missing_ranks) or "unknown"
         suffix = f" ({detail})" if detail else ""
         super().__init__(
@@ -33,8 +35,8 @@ class CommTimeout(DeepEPError, TimeoutError):
             "rebuild the buffer without them, or raise `timeout` if they are only slow"
         )
 
-    def __reduce__(self) -> tuple[type[CommTimeout], tuple[str, tuple[int, ...], float]]:
-        return type(self), (self.op, self.missing_ranks, self.timeout)
+    def __reduce__(self) -> tuple[type[CommTimeout], tuple[str, tuple[int, ...], float, str]]:
+        return type(self), (self.op, self.missing_ranks, self.timeout, self.detail)
 
 
 class UnsupportedOperation(DeepEPError, NotImplementedError):

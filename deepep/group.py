@@ -11,24 +11,13 @@ import pickle
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from deepep.errors import BufferDestroyed, CommTimeout, InvalidArgument
-
-
-@dataclass
-class Health:
-    """Whether a group is usable.
-
-    Attributes:
-        lost: None while it is; then the ranks whose absence broke it, empty if unknown.
-    """
-
-    lost: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,18 +59,18 @@ class Group(ABC):
 
     is_mpi = False
 
-    def __init__(self, raw: Any, rank: int, num_ranks: int, device: torch.device, health: Health | None = None) -> None:
+    def __init__(self, raw: Any, rank: int, num_ranks: int, device: torch.device) -> None:
         self.raw = raw
         self.rank = rank
         self.num_ranks = num_ranks
         self._lock = threading.Lock()
         self._device = device
-        self._health = health or Health()
+        self._lost: tuple[int, ...] | None = None
 
     @property
     def lost_ranks(self) -> tuple[int, ...] | None:
         """The ranks whose absence broke this group, or None while it works."""
-        return self._health.lost
+        return self._lost
 
     def exchange(self, send: Sequence[torch.Tensor], recv: Sequence[torch.Tensor], *, op: str, timeout: float) -> None:
         """All-to-all: `send[p]` goes to rank p and lands in its `recv[rank]`.
@@ -104,14 +93,15 @@ class Group(ABC):
 
     def all_gather_object(self, obj: Any, *, op: str, timeout: float, skip: Collection[int] = ()) -> list[Any]:
         """Every rank's `obj` (picklable), in rank order, None for ranks in `skip`; otherwise as `exchange`."""
-        deadline = time.monotonic() + timeout
+        limit = Limit(timeout)
         mine = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
         length = torch.tensor([mine.numel()], device="cpu")
         lengths = [torch.zeros_like(length[:0] if peer in skip else length) for peer in range(self.num_ranks)]
-        self.exchange(self._to_all(length, skip), lengths, op=op, timeout=timeout)
-        parts = [torch.empty(int(item.sum()), dtype=torch.uint8, device="cpu") for item in lengths]
-        left = max(0.0, deadline - time.monotonic())
-        self.exchange(self._to_all(mine, skip), parts, op=op, timeout=left)
+        self._check(self._to_all(length, skip), lengths, op, timeout)
+        with self._guard(op):
+            self._run(self._to_all(length, skip), lengths, op, limit)
+            parts = [torch.empty(int(item.sum()), dtype=torch.uint8, device="cpu") for item in lengths]
+            self._run(self._to_all(mine, skip), parts, op, limit)
         return [pickle.loads(part.numpy().tobytes()) if part.numel() else None for part in parts]
 
     def _to_all(self, message: torch.Tensor, skip: Collection[int]) -> list[torch.Tensor]:
@@ -131,18 +121,18 @@ class Group(ABC):
     @contextlib.contextmanager
     def _guard(self, op: str) -> Iterator[None]:
         with self._lock:
-            if self._health.lost is not None:
-                who = ", ".join(map(str, self._health.lost)) or "unknown"
+            if self._lost is not None:
+                who = ", ".join(map(str, self._lost)) or "unknown"
                 raise BufferDestroyed(
                     f"{op}: this group broke when it lost rank(s) {who}; build a new group, and a new buffer on it"
                 )
             try:
                 yield
             except CommTimeout as error:
-                self._health.lost = error.missing_ranks
+                self._lost = error.missing_ranks
                 raise
             except BaseException:
-                self._health.lost = ()  # interrupted half-way: nobody knows which messages got through
+                self._lost = ()  # interrupted half-way: nobody knows which messages got through
                 raise
 
     def _run(self, send: Sequence[torch.Tensor], recv: Sequence[torch.Tensor], op: str, limit: Limit) -> None:
