@@ -10,11 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.utils import deterministic
 
-from deepep import env
 from deepep.compat.links import check_fast_rdma_atomic_support, check_nvlink_connections, get_nvlink_gbs, get_rdma_gbs
+from deepep.elastic_sizes import get_logical_domain_size, get_physical_domain_size
 from deepep.errors import DeepEPError, InvalidArgument
-from deepep.group import make_group
-from deepep.topology import Topology
 
 __all__ = [
     "check_fast_rdma_atomic_support",
@@ -124,21 +122,6 @@ def dist_print(s: object = "", once_in_node: bool = False) -> None:
 
 def _current_local_rank() -> int:
     return _local_rank if _local_rank is not None else int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def get_physical_domain_size(group: dist.ProcessGroup) -> tuple[int, int]:
-    """`(num_rdma_ranks, num_nvlink_ranks)`: hosts, and ranks per host. Collective over `group`."""
-    topology = Topology.discover(make_group(group), use_cuda=False, timeout=env.timeout())
-    return topology.num_scaleout_ranks, topology.num_scaleup_ranks
-
-
-def get_logical_domain_size(group: dist.ProcessGroup, allow_hybrid_mode: bool = True) -> tuple[int, int]:
-    """`(num_scaleout_ranks, num_scaleup_ranks)`: the physical sizes, or one domain of all ranks without hybrid mode.
-
-    Collective over `group`.
-    """
-    num_rdma_ranks, num_nvlink_ranks = get_physical_domain_size(group)
-    return (num_rdma_ranks, num_nvlink_ranks) if allow_hybrid_mode else (1, num_rdma_ranks * num_nvlink_ranks)
 
 
 def check_torch_deterministic() -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from deep_ep.utils.envs import dist_print, get_global_seed, get_local_seed, get_physical_domain_size, init_dist
 from deep_ep.utils.math import calc_diff, per_token_cast_back
-from deep_ep.utils.refs import combine, dispatch
+from deep_ep.utils.refs import combine, dispatch, generate_pre_combine_data
 from torch.multiprocessing.spawn import spawn
 
 CHILD = "import deep_ep, sys; sys.stdout.write('grandchild ' + deep_ep.__version__)"
@@ -26,6 +26,7 @@ def worker(local_rank: int, num_local_ranks: int) -> None:
     assert deep_ep.get_logical_domain_size(group, allow_hybrid_mode=False) == (1, 2)
     check_dispatch(rank)
     check_buffer(rank, num_ranks, group)
+    check_elastic(rank, num_ranks, group)
     for turn in range(num_ranks):
         dist_print(f"rank {rank} is done" if turn == rank else "", once_in_node=False)
     dist_print("printed once", once_in_node=True)
@@ -85,6 +86,31 @@ def check_buffer(rank: int, num_ranks: int, group: dist.ProcessGroup) -> None:
     assert torch.equal(combined_x, combine(outputs, torch.where(is_last, topk_idx, -1), 1, num_ranks, num_experts))
     assert int(counts.sum()) == int((rows.topk_idx >= 0).sum())
     assert calc_diff(ll_x, x.float() * weights.sum(dim=1, keepdim=True)) < 1e-3
+
+
+def check_elastic(rank: int, num_ranks: int, group: dist.ProcessGroup) -> None:
+    """Expanded rows out and back, against the references; again under another default dtype and device."""
+    num_tokens, num_max_tokens, hidden, num_experts, num_topk = 6 - rank, 6, 64, 8, 4
+    x = torch.randn(num_tokens, hidden, device="cpu")
+    topk_idx = torch.rand(num_tokens, num_experts, device="cpu").topk(num_topk).indices
+    weights = torch.rand(num_tokens, num_topk, dtype=torch.float32, device="cpu")
+    with torch.device("meta"):
+        buffer = deep_ep.ElasticBuffer(group, num_max_tokens_per_rank=num_max_tokens, hidden=hidden)
+        recv_x, _, _, handle, _ = buffer.dispatch(
+            x, topk_idx=topk_idx, topk_weights=weights, num_experts=num_experts, do_expand=True
+        )
+    rows = dispatch(x, topk_idx, weights, num_max_tokens, num_experts)
+    assert torch.equal(handle.recv_src_metadata[:, 0].long(), rows.src_token_global_idx)
+    # Expert outputs that every rank can make up: what this rank's experts return, and what comes home.
+    outputs = generate_pre_combine_data(rows.src_token_global_idx, num_max_tokens, num_topk, hidden)
+    place = handle.recv_src_metadata[:, 2:].long()
+    expert_y = torch.full_like(recv_x, float("nan"))
+    expert_y[place[place >= 0]] = outputs[place >= 0]
+    with torch.device("meta"):
+        combined_x, _, _ = buffer.combine(expert_y, handle)
+    mine = torch.arange(num_tokens, device="cpu") + rank * num_max_tokens
+    home = generate_pre_combine_data(mine, num_max_tokens, num_topk, hidden)
+    assert torch.equal(combined_x, combine(home, topk_idx, 1, num_ranks, num_experts))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ _NAMES = {
     "ElasticBuffer": "deepep",
     "EventHandle": "deepep",
     "EventOverlap": "deepep",
-    "get_logical_domain_size": "deepep.compat.envs",
-    "get_physical_domain_size": "deepep.compat.envs",
+    "get_logical_domain_size": "deepep",
+    "get_physical_domain_size": "deepep",
     "topk_idx_t": "deepep",
 }
 __all__ = [*_NAMES, "__version__"]  # noqa: PLE0604 - all are strings
