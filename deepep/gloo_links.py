@@ -109,6 +109,7 @@ class Links:
                 work.wait(_FOREVER)
             except RuntimeError:
                 with self.changed:
+                    self._expected.pop(peer, None)
                     self.dead.add(peer)
                     self.changed.notify_all()
                 return
@@ -119,9 +120,9 @@ class Links:
 
     def release(self) -> None:
         """Ends the threads, and with them the connections: for when the process group is gone, or the process ends."""
-        for peer in set(self._expected) - self.dead:
+        for work in list(self._expected.values()):
             with contextlib.suppress(RuntimeError):
-                self._expected[peer].wait(timedelta(milliseconds=1))  # expires, which closes all connections
+                work.wait(timedelta(milliseconds=1))  # expires, which closes all connections
         with self.changed:
             for inbox in self._idle:
                 inbox.put(None)

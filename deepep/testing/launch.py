@@ -12,6 +12,7 @@ import os
 import pickle
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -269,6 +270,9 @@ def _work(connection: Connection, place: tuple[int, int, int], setup: tuple[str,
         _answer(connection, _call, job)
     with contextlib.suppress(RuntimeError):
         dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # tearing down an interpreter with torch in it takes seconds on a busy machine
 
 
 def _jobs(connection: Connection) -> Iterator[bytes]:
