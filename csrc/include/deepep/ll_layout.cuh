@@ -1,0 +1,116 @@
+// What the host hands to the low-latency kernels; deepep/cuda/ll_engine.py mirrors it field by field.
+#pragma once
+
+#include <deepep/types.cuh>
+
+namespace deepep {
+
+constexpr uint32_t kLlMaxRanks = 64;
+constexpr uint32_t kLlMaxTopk = 64;
+
+// One per rank, at the start of its window; only its owner looks at it.
+struct LlState {
+    uint32_t epoch[2];        // of the last dispatch and the last combine that was sent; the first is 1
+    uint32_t num_sent[2];     // blocks that are done sending
+    uint32_t num_received[2]; // blocks that are done receiving
+    uint32_t mask[kLlMaxRanks];
+    uint64_t num_barriers;
+    uint64_t last_barrier[kLlMaxRanks];  // what each rank's word was when the last barrier ended
+};
+
+// The barrier words, [R] from each rank, follow the state at this 64-bit word.
+constexpr uint32_t kLlBarrierWord = 256;
+static_assert(sizeof(LlState) <= 8 * kLlBarrierWord, "the state must end before the barrier words");
+
+// Offsets of bank 0 inside every rank's window; bank 1 follows after bank_stride. Words are {epoch << 32 | value}.
+struct LlWindow {
+    uint64_t state;
+    uint64_t headers;          // [R] from each source: number of its tokens, kHasWeights
+    uint64_t counts;           // [R, L] rows from each source for each local expert
+    uint64_t present;          // [R, M] per token of each source: 1 if it comes here, 0 if not
+    uint64_t dispatch_credits; // [R] that rank has read all that was dispatched to it in this epoch
+    uint64_t arrived;          // [M, S] per own token and term: its row is here
+    uint64_t weights;          // [R, M * K] per token of each source and choice: bits of the weight
+    uint64_t combine_credits;  // [R]
+    uint64_t dispatch_slots;   // [R, M] payload, scale factors, then K of LlChoice
+    uint64_t combine_slots;    // [M, S] rows
+    uint64_t bank_stride;
+};
+
+constexpr uint32_t kHasWeights = 1u << 31;     // in a header: the choices carry weights
+constexpr uint32_t kSkippedWeight = 0xffffffffu;  // in place of a weight: leave this choice out
+
+// What a token tells its receiver of one of its choices.
+struct alignas(16) LlChoice {
+    int32_t expert;     // local number, -1 if the choice lives elsewhere
+    uint32_t position;  // among the rows of this source for that expert
+    float weight;
+    uint32_t pad;
+};
+
+struct LlShape {
+    uint32_t rank, num_ranks, num_experts, num_local_experts, num_topk, hidden;
+    uint32_t num_max_tokens;  // M
+    uint32_t num_slots;       // S, terms a token has room for
+    uint32_t slot_bytes;      // of a dispatch slot
+    uint32_t choice_offset;   // of the choices inside it
+};
+
+enum LlPhase : uint32_t { kLlSend = 1, kLlRecv = 2 };
+
+struct LlCommon {
+    uint64_t peer_table;
+    uint64_t status;      // pinned: [0] op that gave up (kLlOp + 1), [1 + r] rank r was not heard from
+    uint64_t timeout_ns;
+    LlWindow window;
+    LlShape shape;
+    uint32_t phases;
+    uint32_t num_tokens;    // T of this rank
+    uint32_t team_threads;  // threads that work on one row together: a power of two, whole warps
+    uint32_t is_shrinkable; // a rank that does not arrive is masked instead of reported
+    uint64_t wait_stats;    // [R] int64 microseconds, or null
+    // Of one dispatch, for its second phase and its combines.
+    uint64_t call_epoch;  // [1]
+    uint64_t sources;     // [R] headers as they came
+    uint64_t home_topk;   // [T, K] int32 experts as dispatched
+    uint64_t routes;      // [R * M, K] int32 padded row of each choice, -1 elsewhere
+    uint64_t route_weights; // [R * M, K] float32
+};
+
+struct LlDispatchArgs {
+    LlCommon common;
+    uint64_t x;             // [T, H] bf16
+    uint64_t topk_idx;      // [T, K] int64
+    uint64_t topk_weights;  // [T, K] float32 or null
+    uint64_t recv_x;        // [L, R * M, H] bf16 or e4m3
+    uint64_t recv_sf;       // [L, num_sf, R * M] 4-byte elements, or null
+    uint64_t recv_count;    // [L] int32
+    uint64_t src_info;      // [L, R * M] int32
+    uint64_t layout_range;  // [L, R] int64
+    uint64_t recv_stats;    // [L] int32, added to, or null
+    uint32_t sf_format;
+    uint32_t pad;
+};
+
+struct LlCombineArgs {
+    LlCommon common;
+    uint64_t x;             // [L, R * M, H] bf16
+    uint64_t topk_idx;      // [T, K] int64, -1 leaves a choice out
+    uint64_t topk_weights;  // [T, K] float32
+    uint64_t out;           // [T, H] bf16
+    uint64_t combine_epoch; // [1] of this combine, for its second phase
+    uint32_t is_per_copy;
+    uint32_t use_logfmt;
+    uint32_t has_sent_weights;  // this rank's dispatch carried the weights
+    uint32_t pad;
+};
+
+struct LlCleanArgs {
+    LlCommon common;
+    uint64_t words_offset;  // of all words of bank 0
+    uint64_t num_words;
+    uint32_t is_barrier;    // wait for the other ranks before and after
+    uint32_t pad;
+};
+
+}  // namespace deepep

@@ -1,0 +1,47 @@
+// Bring the low-latency part of the window back to its first state, between two barriers of all ranks that take part.
+#include <deepep/ll_common.cuh>
+
+namespace deepep {
+namespace {
+
+// By one block: a rank has arrived when its word is no longer what it was at the last barrier here.
+__device__ void barrier(const LlCleanArgs& args, const LlCall& call) {
+    const LlShape& shape = args.common.shape;
+    LlState* state = call.state;
+    __syncthreads();
+    if (threadIdx.x == 0) state->num_barriers += 1;
+    __syncthreads();
+    const uint32_t rank = threadIdx.x;
+    if (rank < shape.num_ranks && !call.is_masked(rank)) {
+        const uint64_t offset = args.common.window.state + 8 * (kLlBarrierWord + shape.rank);
+        fence_sys();
+        call.transport.signal(rank, offset, state->num_barriers);
+        const uint64_t* word =
+            reinterpret_cast<const uint64_t*>(call.transport.local(args.common.window.state)) + kLlBarrierWord + rank;
+        uint64_t seen = load_acquire_sys(word);
+        while (seen == state->last_barrier[rank] && !call.has_given_up(rank)) seen = load_acquire_sys(word);
+        state->last_barrier[rank] = seen;
+    }
+    __syncthreads();
+}
+
+}  // namespace
+}  // namespace deepep
+
+extern "C" __global__ void __launch_bounds__(deepep::kLlThreads)
+    ll_clean_kernel(const __grid_constant__ deepep::LlCleanArgs args) {
+    using namespace deepep;
+    LlCall call(args.common, kLlClean);
+    if (args.is_barrier) barrier(args, call);
+    for (uint32_t bank = 0; bank < kLlBanks; ++bank) {
+        uint64_t* words =
+            reinterpret_cast<uint64_t*>(call.transport.local(args.words_offset + bank * args.common.window.bank_stride));
+        for (uint64_t i = threadIdx.x; i < args.num_words; i += kLlThreads) words[i] = 0;
+    }
+    if (threadIdx.x < 2) {
+        call.state->epoch[threadIdx.x] = 0;
+        call.state->num_sent[threadIdx.x] = 0;
+        call.state->num_received[threadIdx.x] = 0;
+    }
+    if (args.is_barrier) barrier(args, call);
+}

@@ -1,0 +1,189 @@
+"""Low latency over CUDA IPC: the window, the masks and the errors around `deepep.cuda.ll_engine`."""
+
+from __future__ import annotations
+
+import torch
+
+from deepep.backends.base import (
+    BackendOptions,
+    CombineRequest,
+    CombineResult,
+    DispatchRequest,
+    DispatchResult,
+    Reduction,
+    Routing,
+)
+from deepep.backends.ipc.memory import SymmetricMemory
+from deepep.cuda import ll_structs
+from deepep.cuda.host_words import HostWords
+from deepep.cuda.ll_engine import LlRouting, LowLatencyEngine
+from deepep.cuda.ll_structs import Division, LlState, Shape, divide
+from deepep.errors import BufferDestroyed, CommTimeout, InvalidArgument, UnsupportedOperation
+from deepep.group import Group
+
+_OPS = ("low_latency_dispatch", "low_latency_combine", "clean_low_latency_buffer")
+
+
+class LowLatency:
+    """Low-latency operations of one buffer. Construction is collective.
+
+    The window is divided at the first call, for the shape of that call. Calls of another shape divide it anew, which
+    makes all ranks meet and must not happen inside a graph capture; graphs captured before must not be replayed then.
+    """
+
+    def __init__(self, group: Group, options: BackendOptions, device: int, ranks_per_gpu: int) -> None:
+        if group.num_ranks > ll_structs.MAX_RANKS:
+            raise UnsupportedOperation(
+                f"low_latency: backend 'ipc' serves at most {ll_structs.MAX_RANKS} ranks, the group has "
+                f"{group.num_ranks}; use backend='reference'"
+            )
+        self._group, self._options, self._device = group, options, device
+        self._ranks_per_gpu = ranks_per_gpu
+        num_bytes = options.num_rdma_bytes + ll_structs.SPARE_BYTES
+        self._memory = SymmetricMemory(group, num_bytes, device, options.timeout)
+        self._status = HostWords(8 * (1 + group.num_ranks))
+        self._engine: LowLatencyEngine | None = None
+        self._next_combine_x: torch.Tensor | None = None
+        self._pending: tuple[int, ...] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of this rank's window."""
+        return self._memory.num_bytes
+
+    def dispatch(self, request: DispatchRequest) -> DispatchResult:
+        """Serve a dispatch into padded rows.
+
+        Raises:
+            UnsupportedOperation: a payload other than bf16 without scale factors, a cached routing, no top-k.
+            CommTimeout: an earlier call lost a rank.
+        """
+        self._check_status()
+        x, topk_idx = request.x, request.topk_idx
+        if x.dtype != torch.bfloat16 or request.sf is not None or request.routing is not None or topk_idx is None:
+            raise UnsupportedOperation(
+                "low_latency_dispatch: backend 'ipc' sends bf16 rows along a fresh top-k into padded rows; for scale "
+                "factors of your own, another dtype or a cached routing use backend='reference'"
+            )
+        num_topk = topk_idx.shape[1]
+        shape = Shape(self._group.num_ranks, request.num_experts, num_topk, request.num_max_tokens_per_rank, x.shape[1])
+        return self._engine_for(shape).dispatch(request)
+
+    def combine(self, request: CombineRequest) -> CombineResult:
+        """Serve a combine of padded rows; raises `CommTimeout` if an earlier call lost a rank."""
+        self._check_status()
+        routing = request.routing.private
+        if not isinstance(routing, LlRouting) or request.scale_topk_idx is None or request.bias:
+            raise UnsupportedOperation(
+                "low_latency_combine: backend 'ipc' needs topk_idx, topk_weights and a handle of its own dispatch, and "
+                "takes no bias; use backend='reference'"
+            )
+        x = request.x
+        if request.zero_copy:
+            if self._next_combine_x is None:
+                raise InvalidArgument("low_latency_combine: zero_copy=True, but no combine buffer was asked for")
+            x = self._next_combine_x
+        shape = routing.shape
+        if request.reduction is Reduction.PER_COPY and shape.num_topk > shape.num_ranks:
+            shape = Shape(**{**vars(shape), "per_copy": True})
+        return self._engine_for(shape).combine(request, x)
+
+    def next_combine_buffer(self, routing: Routing, hidden: int) -> torch.Tensor:
+        """Give rows [L, R*M, H] that combine reads in place; owners push from wherever rows lie, so any memory does."""
+        num_local = routing.num_experts // self._group.num_ranks
+        room = self._group.num_ranks * routing.num_max_tokens_per_rank
+        self._next_combine_x = torch.empty((num_local, room, hidden), dtype=torch.bfloat16, device=self._device)
+        return self._next_combine_x
+
+    def update_mask(self, rank: int, masked: bool) -> None:
+        """Leave a rank out, or take it back in, from the current stream's next call on."""
+        self._mask()[rank] = int(masked)
+
+    def query_mask(self, mask_status: torch.Tensor) -> None:
+        """Write the mask into an int32 [R] tensor."""
+        mask_status.copy_(self._mask())
+
+    def clean_mask(self) -> None:
+        """Take every rank back in; follow it with `clean` on all ranks, so that their epochs agree again."""
+        self._mask().zero_()
+
+    def clean(self, num_max_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
+        """Bring the window back to its first state; collective among the ranks that are not masked."""
+        engine = self._engine
+        if engine is None:
+            return
+        shape = engine.shape
+        wanted = {"num_max_tokens": num_max_tokens_per_rank, "hidden": hidden, "num_experts": num_experts}
+        if all(getattr(shape, name) == value for name, value in wanted.items()):
+            self._clean(engine)
+        else:
+            self._engine_for(Shape(**{**vars(shape), **wanted, "per_copy": False}))
+
+    def local_buffer(self) -> torch.Tensor:
+        """Give the window as bytes."""
+        return self._memory.as_tensor(0, (self._memory.num_bytes,), torch.uint8)
+
+    def close(self) -> None:
+        """Give everything back; may be called twice, never raises and never waits for other ranks."""
+        self._engine = None
+        self._memory.close()
+        self._status.close()
+
+    def retire(self) -> None:
+        """What a destructor may do: no CUDA call."""
+        self._memory.retire()
+
+    def _mask(self) -> torch.Tensor:
+        return self._memory.as_tensor(LlState.mask.offset, (self._group.num_ranks,), torch.int32)
+
+    def _check_status(self) -> None:
+        status = self._status.host
+        if not self._memory.is_alive:
+            raise BufferDestroyed("low_latency: this buffer was destroyed; build a new one")
+        if status[0] != 0:
+            missing = [rank for rank in range(self._group.num_ranks) if status[1 + rank] != 0]
+            raise CommTimeout(_OPS[int(status[0]) - 1], missing, self._options.timeout)
+
+    def _engine_for(self, shape: Shape) -> LowLatencyEngine:
+        engine = self._engine
+        if engine is not None and engine.shape == shape:
+            return engine
+        if engine is not None and Shape(**{**vars(shape), "per_copy": engine.shape.per_copy}) == engine.shape:
+            return engine  # room for a row per choice serves a row per rank, too
+        return self._divide(shape)
+
+    def _divide(self, shape: Shape) -> LowLatencyEngine:
+        """Divide the window for another shape, and enlarge it if need be. All ranks do so at the same call."""
+        if torch.cuda.is_current_stream_capturing():
+            raise InvalidArgument(
+                "low_latency: the first call of a shape prepares the window and cannot be captured; make one such call "
+                "before the capture"
+            )
+        division = divide(shape)
+        is_first = self._engine is None
+        if division.num_bytes > self._memory.num_bytes:
+            torch.cuda.current_stream().synchronize()
+            grown = SymmetricMemory(self._group, division.num_bytes, self._device, self._options.timeout)
+            self._memory.close()
+            self._memory, is_first = grown, True
+        self._engine = engine = self._make_engine(shape, division)
+        if not is_first:
+            self._clean(engine)
+        return engine
+
+    def _make_engine(self, shape: Shape, division: Division) -> LowLatencyEngine:
+        engine = LowLatencyEngine(self._memory, shape, division, self._group.rank, self._device, self._ranks_per_gpu)
+        engine.configure(self._status.device_address, self._options.timeout, self._options.enable_shrink)
+        return engine
+
+    def _clean(self, engine: LowLatencyEngine) -> None:
+        """Ranks meet, clear their words, and meet again; on the device where some may be masked."""
+        if self._options.enable_shrink:
+            engine.clean(with_barrier=True)
+            return
+        stream, timeout = torch.cuda.current_stream(), self._options.timeout
+        stream.synchronize()
+        self._group.barrier(op=_OPS[2], timeout=timeout)
+        engine.clean(with_barrier=False)
+        stream.synchronize()
+        self._group.barrier(op=_OPS[2], timeout=timeout)

@@ -1,0 +1,324 @@
+"""Low-latency dispatch and combine as kernel launches over a symmetric window; transports share it.
+
+Everything a call needs travels in its argument struct, and all that changes from call to call (epochs, banks, counts)
+lives on the device, so launches can be captured in CUDA graphs and mixed with eager calls.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from deepep.backends.base import (
+    CombineRequest,
+    CombineResult,
+    DispatchRequest,
+    DispatchResult,
+    Layout,
+    Reduction,
+    Routing,
+)
+from deepep.cuda import driver, jit, ll_structs
+from deepep.cuda.launch import runtime
+from deepep.cuda.ll_structs import Division, LlCleanArgs, LlCombineArgs, LlCommon, LlDispatchArgs, LlShape, Shape
+from deepep.errors import InvalidArgument
+from deepep.quant import FP8_DTYPE, GROUP_SIZE, SfFormat
+
+_SF_CODES = {None: 0, SfFormat.FLOAT32: 1, SfFormat.POW2: 2, SfFormat.UE8M0: 3}
+_STATE_ALIGNMENT = 16  # int32 elements
+_MIN_TEAM, _MAX_TEAM = 128, ll_structs.NUM_THREADS
+
+
+class Window(Protocol):
+    """Symmetric memory as the engine sees it."""
+
+    @property
+    def peer_table(self) -> int:
+        """Device address of every rank's base address."""
+
+    @property
+    def base(self) -> int:
+        """Address of this rank's first byte."""
+
+
+@dataclass(frozen=True)
+class LlRouting:
+    """What a dispatch leaves for its second phase and its combines; all of it on the device.
+
+    Attributes:
+        state: int32 words: epoch of the call, headers of the sources, `topk_idx` as sent, rows and weights of choices.
+        shape: the sizes it was made with.
+        num_tokens: T.
+        sent: identity of (topk_idx, topk_weights) whose weights travelled with dispatch, or None.
+    """
+
+    state: torch.Tensor
+    shape: Shape
+    num_tokens: int
+    sent: tuple[tuple[int, int], tuple[int, int]] | None
+
+    def address(self, common: LlCommon) -> None:
+        """Point the kernels' arguments to the parts of `state`."""
+        shape = self.shape
+        choices = shape.num_ranks * shape.num_max_tokens * shape.num_topk
+        common.call_epoch = at = self.state.data_ptr()
+        common.sources = at + 4 * _STATE_ALIGNMENT
+        common.home_topk = at = common.sources + 4 * ll_structs.MAX_RANKS
+        common.routes = at = at + 4 * _aligned(self.num_tokens * shape.num_topk)
+        common.route_weights = at + 4 * _aligned(choices)
+
+    @classmethod
+    def make(cls, request: DispatchRequest, shape: Shape) -> LlRouting:
+        """Allocate for one dispatch."""
+        num_tokens = request.x.shape[0]
+        choices = shape.num_ranks * shape.num_max_tokens * shape.num_topk
+        num_words = _STATE_ALIGNMENT + ll_structs.MAX_RANKS + _aligned(num_tokens * shape.num_topk)
+        state = torch.empty(num_words + 2 * _aligned(choices), dtype=torch.int32, device=request.x.device)
+        sent = None
+        if request.topk_weights is not None and request.topk_idx is not None:
+            sent = (_identity(request.topk_idx), _identity(request.topk_weights))
+        return cls(state, shape, num_tokens, sent)
+
+
+def _aligned(num_words: int) -> int:
+    return -(-num_words // _STATE_ALIGNMENT) * _STATE_ALIGNMENT
+
+
+def _identity(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where a tensor's values are and how often they were changed; not looked at on the device, which would wait."""
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+
+
+class LowLatencyEngine:
+    """Launches of one window, divided for one shape. A change of shape makes a new one over cleaned memory."""
+
+    def __init__(
+        self, window: Window, shape: Shape, division: Division, rank: int, device: int, ranks_per_gpu: int
+    ) -> None:
+        self.shape = shape
+        self._division = division
+        self._device = device
+        self._dispatch_kernel = jit.load(ll_structs.DISPATCH, device)
+        self._combine_kernel = jit.load(ll_structs.COMBINE, device)
+        self._clean_kernel = jit.load(ll_structs.CLEAN, device)
+        self._table_bytes = 4 * shape.num_experts
+        if self._table_bytes > 48 << 10:
+            self._dispatch_kernel.set_max_smem(self._table_bytes)
+        self._max_blocks = {
+            kernel.handle: self._resident_blocks(kernel, smem, ranks_per_gpu)
+            for kernel, smem in ((self._dispatch_kernel, self._table_bytes), (self._combine_kernel, 0))
+        }
+        self._common = LlCommon(peer_table=window.peer_table, window=division.window)
+        self._common.shape = LlShape(
+            rank=rank,
+            num_ranks=shape.num_ranks,
+            num_experts=shape.num_experts,
+            num_local_experts=shape.num_local_experts,
+            num_topk=shape.num_topk,
+            hidden=shape.hidden,
+            num_max_tokens=shape.num_max_tokens,
+            num_slots=shape.num_slots,
+            slot_bytes=shape.slot_bytes,
+            choice_offset=shape.choice_offset,
+        )
+        self._runtime = runtime()
+        self._empty: dict[int, torch.Tensor] = {}
+
+    def configure(self, status_address: int, timeout: float, is_shrinkable: bool) -> None:
+        """Say where kernels report ranks that they lost, after how long (seconds), and whether to mask them instead."""
+        self._common.status = status_address
+        self._common.timeout_ns = int(timeout * 1e9)
+        self._common.is_shrinkable = int(is_shrinkable)
+
+    def clean(self, with_barrier: bool) -> None:
+        """Bring the window's words and epochs back to their first state, on the current stream."""
+        args = LlCleanArgs(
+            common=self._common,
+            words_offset=self._division.words_offset,
+            num_words=self._division.num_words,
+            is_barrier=int(with_barrier),
+        )
+        self._launch(self._clean_kernel.handle, 1, 0, args)
+
+    def dispatch(self, request: DispatchRequest) -> DispatchResult:
+        """Serve a padded dispatch request."""
+        shape, x = self.shape, request.x
+        num_local, room = shape.num_local_experts, shape.num_ranks * shape.num_max_tokens
+        routing = LlRouting.make(request, shape)
+        dtype = x.dtype if request.sf_format is None else FP8_DTYPE
+        recv_x = torch.empty((num_local, room, shape.hidden), dtype=dtype, device=x.device)
+        recv_sf = (
+            None if request.sf_format is None else _empty_sf(request.sf_format, num_local, room, shape.hidden, x.device)
+        )
+        src_info = torch.empty((num_local, room), dtype=torch.int32, device=x.device)
+        layout_range = torch.empty((num_local, shape.num_ranks), dtype=torch.int64, device=x.device)
+        recv_count = torch.empty(num_local, dtype=torch.int32, device=x.device)
+        args = LlDispatchArgs(
+            common=self._common,
+            x=x.data_ptr(),
+            topk_idx=_pointer(request.topk_idx),
+            topk_weights=_pointer(request.topk_weights),
+            recv_x=recv_x.data_ptr(),
+            recv_sf=_pointer(recv_sf),
+            recv_count=recv_count.data_ptr(),
+            src_info=src_info.data_ptr(),
+            layout_range=layout_range.data_ptr(),
+            recv_stats=_pointer(request.cumulative_local_expert_recv_stats),
+            sf_format=_SF_CODES[request.sf_format],
+        )
+        routing.address(args.common)
+        args.common.wait_stats = _pointer(request.wait_recv_cost_stats)
+        kernel = self._dispatch_kernel.handle
+        finish = self._start(kernel, args, x.shape[0], self._table_bytes, request, (request, recv_x, recv_sf, routing))
+        return DispatchResult(
+            x=recv_x,
+            sf=recv_sf,
+            topk_idx=None,
+            topk_weights=None,
+            num_recv_tokens_per_expert=recv_count,
+            num_recv_tokens_per_expert_list=[],
+            routing=self._routing(request, routing),
+            src_info=src_info,
+            layout_range=layout_range,
+            finish=finish,
+        )
+
+    def combine(self, request: CombineRequest, x: torch.Tensor) -> CombineResult:
+        """Serve a combine request of padded rows `x` [L, R*M, H]."""
+        routing: LlRouting = request.routing.private
+        is_per_copy = request.reduction is Reduction.PER_COPY
+        self._check_combine(request, routing, is_per_copy)
+        out = request.out
+        if out is None:
+            out = torch.empty((routing.num_tokens, self.shape.hidden), dtype=x.dtype, device=x.device)
+        epoch = torch.empty(1, dtype=torch.int32, device=x.device) if request.split_phases else None
+        args = LlCombineArgs(
+            common=self._common,
+            x=x.data_ptr(),
+            topk_idx=_pointer(request.scale_topk_idx),
+            topk_weights=_pointer(request.scale_topk_weights),
+            out=out.data_ptr(),
+            combine_epoch=_pointer(epoch),
+            is_per_copy=int(is_per_copy),
+            use_logfmt=int(request.use_logfmt),
+            has_sent_weights=int(routing.sent is not None),
+        )
+        routing.address(args.common)
+        args.common.wait_stats = _pointer(request.wait_recv_cost_stats)
+        kernel = self._combine_kernel.handle
+        finish = self._start(kernel, args, routing.num_tokens, 0, request, (request, x, out, epoch))
+        return CombineResult(out, None, finish)
+
+    def _check_combine(self, request: CombineRequest, routing: LlRouting, is_per_copy: bool) -> None:
+        op = "low_latency_combine"
+        if request.use_logfmt and self.shape.hidden % GROUP_SIZE:
+            raise InvalidArgument(
+                f"{op}: use_logfmt needs hidden to be a multiple of {GROUP_SIZE}, got {self.shape.hidden}"
+            )
+        if routing.sent is None or is_per_copy:
+            return
+        for name, tensor, sent in zip(
+            ("topk_idx", "topk_weights"),
+            (request.scale_topk_idx, request.scale_topk_weights),
+            routing.sent,
+            strict=True,
+        ):
+            if tensor is None or _identity(tensor) != sent:
+                raise InvalidArgument(
+                    f"{op}: {name} is not the unchanged tensor that low_latency_dispatch got; since its topk_weights= "
+                    "sent the weights ahead, pass the same tensors, or dispatch without topk_weights"
+                )
+
+    def _start(
+        self,
+        kernel: int,
+        args: LlDispatchArgs | LlCombineArgs,
+        num_tokens: int,
+        smem: int,
+        request: DispatchRequest | CombineRequest,
+        kept: tuple[object, ...],
+    ) -> _Finish | None:
+        """Launch both phases at once, or the first and give back what launches the second."""
+        common = args.common
+        common.num_tokens = num_tokens
+        num_blocks, common.team_threads = self._grid(kernel, num_tokens, request.num_sms)
+        if not request.split_phases:
+            common.phases = ll_structs.SEND | ll_structs.RECV
+            self._launch(kernel, num_blocks, smem, args)
+            return None
+        common.phases = ll_structs.SEND
+        self._launch(kernel, num_blocks, smem, args)
+        common.phases = ll_structs.RECV
+        return _Finish(self, kernel, num_blocks, smem, args, kept)
+
+    def _launch(self, kernel: int, num_blocks: int, smem: int, args: ctypes.Structure) -> None:
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        self._runtime.launch(kernel, num_blocks, ll_structs.NUM_THREADS, smem, stream, ctypes.addressof(args))
+
+    def _resident_blocks(self, kernel: jit.Kernel, smem: int, ranks_per_gpu: int) -> int:
+        """Blocks that certainly run at once: kernels that wait for peers need all of theirs, and all of the peers'."""
+        num_sms = driver.device_attribute("CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT", self._device)
+        return max(1, num_sms * kernel.blocks_per_sm(ll_structs.NUM_THREADS, smem) // ranks_per_gpu)
+
+    def _grid(self, kernel: int, num_tokens: int, num_sms: int) -> tuple[int, int]:
+        """Choose blocks and threads per team: as many threads on a row as leave every row a team of its own."""
+        max_blocks = self._max_blocks[kernel]
+        if num_sms:
+            max_blocks = max(1, min(max_blocks, 2 * num_sms))
+        tokens = max(num_tokens, self.shape.num_max_tokens // 16, 1)  # the others may have more
+        num_rows = tokens * self.shape.num_ranks
+        team = _MAX_TEAM
+        while team > _MIN_TEAM and max_blocks * (_MAX_TEAM // team) < num_rows:
+            team //= 2
+        rows_per_block = _MAX_TEAM // team
+        return min(max_blocks, max(tokens + 1, -(-num_rows // rows_per_block))), team
+
+    def _routing(self, request: DispatchRequest, private: LlRouting) -> Routing:
+        shape = self.shape
+        room = shape.num_ranks * shape.num_max_tokens
+        nothing = self._empty.get(private.num_tokens)
+        if nothing is None:
+            nothing = torch.empty((private.num_tokens, 0), dtype=torch.int32, device=request.x.device)
+            self._empty[private.num_tokens] = nothing
+        return Routing(
+            layout=Layout.PADDED,
+            num_experts=shape.num_experts,
+            num_max_tokens_per_rank=shape.num_max_tokens,
+            expert_alignment=1,
+            num_recv_tokens=room,
+            num_rows=shape.num_local_experts * room,
+            topk_idx=request.topk_idx,
+            dst_rank=nothing,
+            dst_row=nothing,
+            psum_num_recv_tokens_per_rank=nothing,
+            recv_src_token=nothing,
+            private=private,
+        )
+
+
+@dataclass(frozen=True)
+class _Finish:
+    """The second phase of an operation; calling it launches it on the current stream."""
+
+    engine: LowLatencyEngine
+    kernel: int
+    num_blocks: int
+    smem: int
+    args: ctypes.Structure
+    kept: tuple[object, ...]  # what the kernel reads and writes must live until then
+
+    def __call__(self) -> None:
+        self.engine._launch(self.kernel, self.num_blocks, self.smem, self.args)
+
+
+def _pointer(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _empty_sf(sf_format: SfFormat, num_local: int, room: int, hidden: int, device: torch.device) -> torch.Tensor:
+    """Scale factors [L, R*M, n], the last two dimensions column-major."""
+    num_sf = hidden // sf_format.hidden_multiple
+    return torch.empty((num_local, num_sf, room), dtype=sf_format.dtype, device=device).transpose(1, 2)

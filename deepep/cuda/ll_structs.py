@@ -1,0 +1,194 @@
+"""Arguments of the low-latency kernels: mirrors of csrc/include/deepep/ll_layout.cuh, and how the window is divided."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+from deepep.cuda.jit import KernelSpec
+from deepep.layout import align
+
+MAX_RANKS = 64
+MAX_TOPK = 64
+NUM_BANKS = 2
+NUM_THREADS = 512
+HAS_WEIGHTS = 1 << 31
+SEND, RECV = 1, 2
+
+SPARE_BYTES = 1 << 20
+_STATE_BYTES = 4096
+_CHOICE_BYTES = 16
+_SLOT_ALIGNMENT = 128
+
+DISPATCH = KernelSpec("ll_dispatch_kernel", "kernels/ll_dispatch.cu")
+COMBINE = KernelSpec("ll_combine_kernel", "kernels/ll_combine.cu")
+CLEAN = KernelSpec("ll_clean_kernel", "kernels/ll_clean.cu")
+KERNELS = (DISPATCH, COMBINE, CLEAN)
+
+
+def _fields(types: dict[str, type]) -> list[tuple[str, type]]:
+    return [(name, kind) for names, kind in types.items() for name in names.split()]
+
+
+class LlState(ctypes.Structure):
+    """What a rank keeps at the start of its window, up to the mask."""
+
+    _fields_ = [
+        *_fields({"epoch num_sent num_received": ctypes.c_uint32 * 2}),
+        ("mask", ctypes.c_uint32 * MAX_RANKS),
+    ]
+
+
+class LlWindow(ctypes.Structure):
+    """Offsets of bank 0 inside every rank's window."""
+
+    _fields_ = _fields(
+        {
+            "state headers counts present dispatch_credits arrived weights combine_credits": ctypes.c_uint64,
+            "dispatch_slots combine_slots bank_stride": ctypes.c_uint64,
+        }
+    )
+
+
+class LlShape(ctypes.Structure):
+    """Sizes that all ranks agree on, and this rank's number."""
+
+    _fields_ = _fields(
+        {
+            "rank num_ranks num_experts num_local_experts num_topk hidden": ctypes.c_uint32,
+            "num_max_tokens num_slots slot_bytes choice_offset": ctypes.c_uint32,
+        }
+    )
+
+
+class LlCommon(ctypes.Structure):
+    """What all low-latency kernels take."""
+
+    _fields_ = [
+        *_fields({"peer_table status timeout_ns": ctypes.c_uint64}),
+        ("window", LlWindow),
+        ("shape", LlShape),
+        *_fields({"phases num_tokens team_threads is_shrinkable": ctypes.c_uint32}),
+        *_fields({"wait_stats call_epoch sources home_topk routes route_weights": ctypes.c_uint64}),
+    ]
+
+
+class LlDispatchArgs(ctypes.Structure):
+    """Arguments of `ll_dispatch_kernel`."""
+
+    _fields_ = [
+        ("common", LlCommon),
+        *_fields(
+            {
+                "x topk_idx topk_weights recv_x recv_sf recv_count src_info layout_range recv_stats": ctypes.c_uint64,
+                "sf_format pad": ctypes.c_uint32,
+            }
+        ),
+    ]
+
+
+class LlCombineArgs(ctypes.Structure):
+    """Arguments of `ll_combine_kernel`."""
+
+    _fields_ = [
+        ("common", LlCommon),
+        *_fields(
+            {
+                "x topk_idx topk_weights out combine_epoch": ctypes.c_uint64,
+                "is_per_copy use_logfmt has_sent_weights pad": ctypes.c_uint32,
+            }
+        ),
+    ]
+
+
+class LlCleanArgs(ctypes.Structure):
+    """Arguments of `ll_clean_kernel`."""
+
+    _fields_ = [
+        ("common", LlCommon),
+        *_fields({"words_offset num_words": ctypes.c_uint64, "is_barrier pad": ctypes.c_uint32}),
+    ]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the division of the window depends on; equal on all ranks.
+
+    Attributes:
+        num_ranks: R.
+        num_experts: E.
+        num_topk: K.
+        num_max_tokens: M.
+        hidden: H, channels of bf16.
+        per_copy: room for a row per choice of a token, not only per rank.
+    """
+
+    num_ranks: int
+    num_experts: int
+    num_topk: int
+    num_max_tokens: int
+    hidden: int
+    per_copy: bool = False
+
+    @property
+    def num_local_experts(self) -> int:
+        """L."""
+        return self.num_experts // self.num_ranks
+
+    @property
+    def num_slots(self) -> int:
+        """Rows that a token of this rank has room for in combine."""
+        return max(self.num_ranks, self.num_topk) if self.per_copy else self.num_ranks
+
+    @property
+    def choice_offset(self) -> int:
+        """Byte of a dispatch slot where the choices start; a bf16 row is larger than an FP8 one with its scales."""
+        return align(2 * self.hidden, _CHOICE_BYTES)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Size of a dispatch slot."""
+        return align(self.choice_offset + _CHOICE_BYTES * self.num_topk, _SLOT_ALIGNMENT)
+
+
+@dataclass(frozen=True)
+class Division:
+    """Where everything lies in the window.
+
+    Attributes:
+        window: offsets for the kernels.
+        words_offset: first byte of bank 0's words.
+        num_words: 64-bit words of one bank.
+        num_bytes: size of it all.
+    """
+
+    window: LlWindow
+    words_offset: int
+    num_words: int
+    num_bytes: int
+
+
+def divide(shape: Shape) -> Division:
+    """Divide the window: state, then per bank the words and the slots, each array at a multiple of 128 bytes."""
+    ranks, tokens = shape.num_ranks, shape.num_max_tokens
+    words = {
+        "headers": ranks,
+        "counts": shape.num_experts,
+        "present": ranks * tokens,
+        "dispatch_credits": ranks,
+        "arrived": tokens * shape.num_slots,
+        "weights": ranks * tokens * shape.num_topk,
+        "combine_credits": ranks,
+    }
+    sizes = {name: 8 * count for name, count in words.items()}
+    first_slot_name = "dispatch_slots"
+    sizes[first_slot_name] = ranks * tokens * shape.slot_bytes
+    sizes["combine_slots"] = tokens * shape.num_slots * 2 * shape.hidden
+    window = LlWindow(state=0)
+    at = _STATE_BYTES
+    for name, size in sizes.items():
+        setattr(window, name, at)
+        at += align(size, _SLOT_ALIGNMENT)
+    window.bank_stride = at - _STATE_BYTES
+    num_words = (getattr(window, first_slot_name) - _STATE_BYTES) // 8
+    return Division(window, _STATE_BYTES, num_words, _STATE_BYTES + NUM_BANKS * window.bank_stride)
