@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -65,7 +66,8 @@ def _on_process_group(process_group: Any, fn: Callable[..., Any], args: tuple[An
 def _under_torchrun(
     fn: Callable[..., Any], args: tuple[Any, ...], num_ranks: int | None, device: str, timeout: float
 ) -> list[Any] | None:
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+    is_one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    if is_one_host and any(name == "lo" for _, name in socket.if_nameindex()):
         # One host: without this gloo asks a resolver for the host's name, which containers often cannot answer.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     _take_device(int(os.environ.get("LOCAL_RANK", "0")), device)

@@ -119,7 +119,8 @@ class _Trainer:
         # Every term is a sum over tokens divided by the whole batch, so losses and gradients of ranks just add up.
         wrong = functional.cross_entropy(output.logits, images.digits[mine], reduction="sum")
         uneven = (counts / counts.sum() * output.probabilities.sum(dim=0)).sum() * self.options.num_experts
-        loss = (wrong + self.options.balance * uneven) / len(batch)
+        # An even load has unevenness 1: that constant is left out.
+        loss = (wrong + self.options.balance * (uneven - len(mine))) / len(batch)
         self.optimizer.zero_grad()
         loss.backward()
         total = self._sum_dense(loss.detach())
