@@ -222,8 +222,8 @@ def add_terms(
 ) -> torch.Tensor:
     """Start from the biases, add each token's terms in order in float32, round once: [T, H] of `like.dtype`."""
     total = torch.zeros(len(terms), like.shape[-1])
-    if bias:
-        total = bias[0].float() if len(bias) == 1 else bias[0].float() + bias[1].float()
+    for number, one in enumerate(bias):
+        total = one.float().clone() if number == 0 else total + one.float()
     for token, rows in enumerate(terms):
         for row in rows:
             total[token] = total[token] + row.float()
@@ -242,17 +242,21 @@ def gather(
     field: Callable[[Inputs], torch.Tensor], inputs: Sequence[Inputs], tokens: Sequence[tuple[int, int]]
 ) -> torch.Tensor:
     """Collect one row of `field` for each of the named (source rank, token)s."""
-    # As bytes: torch indexes not every 8-bit float on every version, and bits are what counts.
     parts = [field(one).contiguous() for one in inputs]
     starts = [sum(len(part) for part in parts[:rank]) for rank in range(len(parts))]
     index = torch.tensor([starts[src] + token for src, token in tokens], dtype=torch.int64)
-    return torch.cat([part.view(torch.uint8) for part in parts])[index].view(parts[0].dtype)
+    return torch.cat([bits(part) for part in parts])[index].view(parts[0].dtype)
 
 
 def _sf_of(one: Inputs) -> torch.Tensor:
     if one.sf is None:
         raise ValueError("one rank has scale factors and another has none")
     return one.sf
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """View a tensor as integers of the same width: torch indexes and compares not every float8, and bits count."""
+    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
 def align(count: int, alignment: int) -> int:

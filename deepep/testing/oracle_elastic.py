@@ -7,7 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
-from deepep.testing.oracle import Route, add_terms, align, gather_tokens, int32, rank_terms, reduce_hosts, round_sum
+from deepep.testing.oracle import (
+    Route,
+    add_terms,
+    align,
+    bits,
+    gather_tokens,
+    int32,
+    rank_terms,
+    reduce_hosts,
+    round_sum,
+)
 from deepep.testing.routing import Inputs
 
 
@@ -172,4 +182,4 @@ def _zero_rows(like: torch.Tensor, num_rows: int) -> torch.Tensor:
 
 
 def _cat(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([block.view(torch.uint8) for block in blocks]).view(blocks[0].dtype)
+    return torch.cat([bits(block) for block in blocks]).view(blocks[0].dtype)

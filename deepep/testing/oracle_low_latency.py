@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from deepep.quant import logfmt_roundtrip
-from deepep.testing.oracle import Route, add_terms, gather_tokens, rank_terms, round_sum
+from deepep.testing.oracle import Route, add_terms, bits, gather_tokens, rank_terms, round_sum
 from deepep.testing.routing import Inputs
 
 _GROUP_SIZE = 128
@@ -55,17 +55,19 @@ def expected_padded(
 ) -> PaddedRows:
     """Work out the padded rows of `rank`; `sf_format` is None (no FP8 cast), 'float32', 'pow2' or 'ue8m0'."""
     num_rows = route.num_ranks * num_max_tokens_per_rank
+    if sf_format is not None:
+        cast = [fp8_rows(one.x, sf_format) for one in inputs]
+        inputs = [replace(one, x=x, sf=sf) for one, (x, sf) in zip(inputs, cast, strict=True)]
     x, sf, counts, src_info, ranges = [], [], [], [], []
     for expert in route.local_experts(rank):
         tokens = [(src, token) for src, token, _ in route.copies[expert]]
         counts.append(len(tokens))
         src_info.append([token for _, token in tokens] + [0] * (num_rows - len(tokens)))
         ranges.append([_range_word([src for src, _ in tokens], src) for src in range(route.num_ranks)])
-        rows, _ = gather_tokens(inputs, tokens)
-        if sf_format is not None:
-            rows, scales = fp8_rows(rows, sf_format)
-            sf.append(_pad(scales, num_rows))
+        rows, row_sf = gather_tokens(inputs, tokens)
         x.append(_pad(rows, num_rows))
+        if row_sf is not None:
+            sf.append(_pad(row_sf, num_rows))
     return PaddedRows(
         torch.stack(x),
         torch.stack(sf) if sf else None,
@@ -116,7 +118,7 @@ def fp8_rows(x: torch.Tensor, sf_format: str) -> tuple[torch.Tensor, torch.Tenso
     Returns:
         [N, H] float8_e4m3fn and [N, H/128] float32 or, for 'ue8m0', [N, H/512] int32.
     """
-    groups = x.float().numpy().reshape(len(x), -1, _GROUP_SIZE)
+    groups = x.float().numpy().reshape(len(x), x.shape[1] // _GROUP_SIZE, _GROUP_SIZE)
     amax = np.maximum(np.abs(groups).max(axis=2), np.float32(1e-4))
     if sf_format == "float32":
         scale, factor = amax / np.float32(448), np.float32(448) / amax
@@ -148,8 +150,8 @@ def _range_word(sources: list[int], src: int) -> int:
 
 
 def _pad(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
-    padded = torch.zeros(num_rows, rows.shape[1] * rows.element_size(), dtype=torch.uint8)
-    padded[: len(rows)] = rows.contiguous().view(torch.uint8)
+    padded = torch.zeros(num_rows, rows.shape[1], dtype=bits(rows).dtype)
+    padded[: len(rows)] = bits(rows)
     return padded.view(rows.dtype)
 
 

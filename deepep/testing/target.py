@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from deepep.testing.oracle import bits
 from deepep.testing.routing import Case
 
 #: Which rows of a tensor to look at: a range, or True where one counts.
@@ -125,12 +126,6 @@ def pick(tensor: torch.Tensor, rows: Rows) -> torch.Tensor:
     """Take rows of a tensor of any element type, on the CPU."""
     tensor = tensor.detach().cpu().contiguous()
     return bits(tensor)[rows].view(tensor.dtype)
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """View a contiguous tensor as integers of the same width."""
-    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return tensor.view(width)
 
 
 def poisoned(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
