@@ -33,14 +33,7 @@ from deepep.elastic_handle import (
     tensors_of,
 )
 from deepep.elastic_requests import Named, Place, cached_request, fresh_request
-from deepep.elastic_sizes import (
-    buffer_size_hint,
-    group_size,
-    limited_num_sms,
-    logical_domain_size,
-    theoretical_num_qps,
-    theoretical_num_sms,
-)
+from deepep.elastic_sizes import SizesMixin
 from deepep.errors import InvalidArgument
 from deepep.event import Event, EventHandle, EventOverlap, as_handle
 from deepep.front import Front
@@ -59,7 +52,7 @@ __all__ = ["EPHandle", "ElasticBuffer"]
 _DEFAULT_QPS = {True: 65, False: 17}  # across hosts, within one
 
 
-class ElasticBuffer(AbsentMixin, Front):
+class ElasticBuffer(SizesMixin, AbsentMixin, Front):
     """Dispatch tokens to experts, compact or expanded, and combine what comes back (CONTRACT, '`ElasticBuffer`').
 
     Construction is collective. Arguments up to `explicitly_destroy` are upstream's; those after it are this library's.
@@ -152,57 +145,9 @@ class ElasticBuffer(AbsentMixin, Front):
         self.num_allocated_qps = num_allocated_qps or _DEFAULT_QPS[self.num_scaleout_ranks > 1]
 
     @staticmethod
-    def get_buffer_size_hint(
-        group: Any,
-        num_max_tokens_per_rank: int,
-        hidden: int,
-        num_topk: int = 0,
-        use_fp8_dispatch: bool = False,
-        allow_hybrid_mode: bool = True,  # noqa: ARG004 - upstream's rings across hosts are larger; none here
-        allow_multiple_reduction: bool = True,
-    ) -> int:
-        """Give the `num_bytes` that an MoE shape needs, a multiple of 2 MB. Not collective; see `buffer_size_hint`."""
-        return buffer_size_hint(
-            group_size(group), num_max_tokens_per_rank, hidden, num_topk, use_fp8_dispatch, allow_multiple_reduction
-        )
-
-    @staticmethod
     def capture() -> EventHandle:
         """Record an event on the current stream."""
         return EventHandle()
-
-    def get_physical_domain_size(self) -> tuple[int, int]:
-        """Give `(num_rdma_ranks, num_nvlink_ranks)`: hosts, and ranks per host."""
-        return self.topology.num_scaleout_ranks, self.topology.num_scaleup_ranks
-
-    def get_logical_domain_size(self) -> tuple[int, int]:
-        """Give `(num_scaleout_ranks, num_scaleup_ranks)`; one domain of all ranks without `allow_hybrid_mode`."""
-        return logical_domain_size(self.get_physical_domain_size(), self.allow_hybrid_mode)
-
-    def get_theoretical_num_sms(
-        self,
-        num_experts: int,
-        num_topk: int,
-        num_scaleout_topk: int = 0,
-        rdma_gbs: float = 0,
-        nvlink_gbs: float = 0,
-        sm_read_gbs: float = 200,
-        sm_write_gbs: float = 50,
-    ) -> int:
-        """Give the multiprocessors a call takes with `num_sms=0`; arguments as in `theoretical_num_sms`."""
-        needed = theoretical_num_sms(
-            self.get_logical_domain_size(), num_experts, num_topk, num_scaleout_topk, rdma_gbs, nvlink_gbs,
-            sm_read_gbs, sm_write_gbs,
-        )  # fmt: skip
-        available = None
-        if torch.cuda.is_available():
-            properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-            available = properties.multi_processor_count // self.topology.ranks_per_gpu(self.rank)
-        return limited_num_sms(needed, self.prefer_overlap_with_compute, available)
-
-    def get_theoretical_num_qps(self, num_sms: int) -> int:
-        """Give the network queue pairs that `num_sms` multiprocessors can use, at most `num_allocated_qps`."""
-        return theoretical_num_qps(num_sms, self.num_scaleout_ranks > 1, self.num_allocated_qps)
 
     def barrier(self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = True) -> None:
         """Let work go on only once every rank has come here.

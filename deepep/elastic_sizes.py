@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from deepep import env
 from deepep.errors import InvalidArgument
 from deepep.group import make_group
 from deepep.layout import align
 from deepep.topology import Topology
+
+if TYPE_CHECKING:
+    from deepep.front import Front
+
+    _Base = Front
+else:
+    _Base = object
 
 SIZE_ALIGNMENT = 2 << 20
 """Buffer sizes are multiples of this many bytes: the page size of device memory."""
@@ -27,6 +36,63 @@ _MIN_SMS_ALONE = 64  # where nothing else runs beside the operation
 _QPS_PER_SM = 16  # across hosts: one queue pair per channel
 _MAX_DIRECT_QPS = 9
 _SIZE_ATTRIBUTES = ("num_ranks", "size", "Get_size")
+
+
+class SizesMixin(_Base):
+    """Sizes of an `ElasticBuffer` and of its domains."""
+
+    allow_hybrid_mode: bool
+    prefer_overlap_with_compute: bool
+    num_scaleout_ranks: int
+    num_allocated_qps: int
+
+    @staticmethod
+    def get_buffer_size_hint(
+        group: Any,
+        num_max_tokens_per_rank: int,
+        hidden: int,
+        num_topk: int = 0,
+        use_fp8_dispatch: bool = False,
+        allow_hybrid_mode: bool = True,  # noqa: ARG004 - upstream's rings across hosts are larger; none here
+        allow_multiple_reduction: bool = True,
+    ) -> int:
+        """Give the `num_bytes` that an MoE shape needs, a multiple of 2 MB. Not collective; see `buffer_size_hint`."""
+        return buffer_size_hint(
+            group_size(group), num_max_tokens_per_rank, hidden, num_topk, use_fp8_dispatch, allow_multiple_reduction
+        )
+
+    def get_physical_domain_size(self) -> tuple[int, int]:
+        """Give `(num_rdma_ranks, num_nvlink_ranks)`: hosts, and ranks per host."""
+        return self.topology.num_scaleout_ranks, self.topology.num_scaleup_ranks
+
+    def get_logical_domain_size(self) -> tuple[int, int]:
+        """Give `(num_scaleout_ranks, num_scaleup_ranks)`; one domain of all ranks without `allow_hybrid_mode`."""
+        return logical_domain_size(self.get_physical_domain_size(), self.allow_hybrid_mode)
+
+    def get_theoretical_num_sms(
+        self,
+        num_experts: int,
+        num_topk: int,
+        num_scaleout_topk: int = 0,
+        rdma_gbs: float = 0,
+        nvlink_gbs: float = 0,
+        sm_read_gbs: float = 200,
+        sm_write_gbs: float = 50,
+    ) -> int:
+        """Give the multiprocessors a call takes with `num_sms=0`; arguments as in `theoretical_num_sms`."""
+        needed = theoretical_num_sms(
+            self.get_logical_domain_size(), num_experts, num_topk, num_scaleout_topk, rdma_gbs, nvlink_gbs,
+            sm_read_gbs, sm_write_gbs,
+        )  # fmt: skip
+        available = None
+        if torch.cuda.is_available():
+            properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+            available = properties.multi_processor_count // self.topology.ranks_per_gpu(self.rank)
+        return limited_num_sms(needed, self.prefer_overlap_with_compute, available)
+
+    def get_theoretical_num_qps(self, num_sms: int) -> int:
+        """Give the network queue pairs that `num_sms` multiprocessors can use, at most `num_allocated_qps`."""
+        return theoretical_num_qps(num_sms, self.num_scaleout_ranks > 1, self.num_allocated_qps)
 
 
 def get_physical_domain_size(group: Any) -> tuple[int, int]:

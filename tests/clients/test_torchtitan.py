@@ -56,8 +56,8 @@ def test_inference_inside_a_cuda_graph(workers: Workers, request: pytest.Fixture
         pytest.skip(f"backend {backend}: {reasons[0]}")
 
 
-def test_buffer_is_kept_until_it_is_too_small(workers: Workers) -> None:
-    workers.run(check_growing_buffer)
+def test_buffer_is_kept_until_it_is_too_small(workers: Workers, request: pytest.FixtureRequest) -> None:
+    workers.run(check_growing_buffer, request.config.getoption("--device"))
 
 
 def prepare(group: Any, path: Path, backend: str, device: str) -> None:
@@ -143,7 +143,8 @@ def check_graph(group: Any, device: str) -> str:
     return ""
 
 
-def check_growing_buffer(group: Any) -> None:
+def check_growing_buffer(group: Any, device: str) -> None:
+    """A larger shape gets a larger buffer, and the client goes on with that."""
     client = sys.modules[MODULE]
     kept = client._buffer
     shape = {"hidden": HIDDEN, "num_topk": NUM_TOPK}
@@ -153,7 +154,7 @@ def check_growing_buffer(group: Any) -> None:
     assert grown.num_bytes > kept.num_bytes
     assert grown.num_max_tokens_per_rank == 1 << 16
     kept.destroy()
-    check_inference(group, "cuda" if "cuda" in str(grown.topology.gpus) else "cpu", torch.float32)
+    check_inference(group, device, torch.float32)
 
 
 @dataclass

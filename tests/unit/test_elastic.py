@@ -1,0 +1,380 @@
+"""`ElasticBuffer` and `EPHandle`: what the contract checks leave out."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import resource
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import deepep
+from deepep.compat import refs
+from deepep.elastic_sizes import SIZE_ALIGNMENT, theoretical_num_qps, theoretical_num_sms
+from deepep.layout import last_slots, topk_ranks
+from deepep.testing.launch import Workers
+from deepep.topology import Topology
+
+HIDDEN, NUM_TOPK, NUM_EXPERTS, MAX_TOKENS = 32, 3, 8, 9
+SAVED = (
+    "topk_idx",
+    "psum_num_recv_tokens_per_scaleup_rank",
+    "psum_num_recv_tokens_per_expert",
+    "recv_src_metadata",
+    "dst_buffer_slot_idx",
+    "token_metadata_at_forward",
+    "channel_linked_list",
+    "num_unaligned_recv_tokens_per_expert",
+)
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Workers]:
+    with Workers(2) as workers:
+        yield workers
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Workers]:
+    with Workers(4) as workers:
+        yield workers
+
+
+def build(group: Any, **options: Any) -> Any:
+    shape = {"num_max_tokens_per_rank": MAX_TOKENS, "hidden": HIDDEN, "num_topk": NUM_TOPK}
+    return deepep.ElasticBuffer(group, backend="reference", timeout=30, **{**shape, **options})
+
+
+def batch(group: Any, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, topk_idx with holes, topk_weights of this rank."""
+    random = torch.Generator().manual_seed(100 * seed + group.rank())
+    num_tokens = MAX_TOKENS - group.rank() % 2
+    x = torch.randn(num_tokens, HIDDEN, generator=random).bfloat16()
+    topk_idx = torch.rand(num_tokens, NUM_EXPERTS, generator=random).topk(NUM_TOPK).indices
+    topk_idx[torch.rand(topk_idx.shape, generator=random) < 0.2] = -1
+    return x, topk_idx, torch.rand(num_tokens, NUM_TOPK, generator=random)
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.view(torch.int16), other.view(torch.int16))
+
+
+def recompute(group: Any, do_expand: bool, do_cpu_sync: bool, num_hosts: int) -> None:
+    """A later dispatch's handle gets the fields of an earlier one, as programs that recompute activations do."""
+    buffer = build(group, topology=Topology.split(group.size(), num_hosts))
+    other = build(group, topology=Topology.split(group.size(), num_hosts))
+    x, topk_idx, _ = batch(group)
+    options: dict[str, Any] = {"num_experts": NUM_EXPERTS, "do_expand": do_expand, "do_cpu_sync": do_cpu_sync}
+    options |= {"expert_alignment": 4, "do_zero_padding": True}
+    recv, _, _, handle, _ = buffer.dispatch(x, topk_idx, **options)
+    num_real = handle.num_recv_tokens if do_cpu_sync else int(handle.psum_num_recv_tokens_per_scaleup_rank[-1])
+    rows = torch.ones(len(recv), dtype=torch.bool) if do_expand else torch.arange(len(recv)) < num_real
+    y = buffer.combine(recv, handle)[0]
+    saved = {name: getattr(handle, name) for name in SAVED}
+    shadow = copy.copy(handle)
+    for name in SAVED:
+        setattr(handle, name, None)
+    with pytest.raises(deepep.InvalidArgument, match="topk_idx"):
+        buffer.combine(recv, handle)
+    again = buffer.dispatch(x, topk_idx, **options)[3]
+    for name, value in saved.items():
+        setattr(again, name, value.clone() if isinstance(value, torch.Tensor) else value)
+    for user in (buffer, other):
+        repeated = user.dispatch(x, handle=again, do_zero_padding=True)[0]
+        assert same_bits(repeated[rows], recv[rows])
+        assert same_bits(user.combine(recv, again)[0], y)
+    assert same_bits(other.combine(recv, shadow)[0], y)
+
+
+@pytest.mark.parametrize("do_expand", [False, True])
+@pytest.mark.parametrize("do_cpu_sync", [False, True])
+def test_fields_saved_cleared_and_put_back_give_the_same_bits(
+    pair: Workers, do_expand: bool, do_cpu_sync: bool
+) -> None:
+    pair.run(recompute, do_expand, do_cpu_sync, 1)
+
+
+@pytest.mark.parametrize("do_expand", [False, True])
+def test_fields_put_back_across_hosts(four: Workers, do_expand: bool) -> None:
+    four.run(recompute, do_expand, False, 2)
+
+
+def foreign_fields(group: Any) -> None:
+    """Fields of another routing are followed, not what was remembered; metadata is still that of its own dispatch."""
+    buffer = build(group)
+    x, idx, weights = batch(group)
+    _, other_idx, other_weights = batch(group, seed=1)
+    recv, _, _, handle, _ = buffer.dispatch(x, idx, weights, num_experts=NUM_EXPERTS)
+    wanted, _, _, replaced, _ = buffer.dispatch(x, other_idx, other_weights, num_experts=NUM_EXPERTS)
+    before = buffer.combine(recv, handle)[0]
+    for name in SAVED:
+        setattr(handle, name, getattr(replaced, name))
+    assert same_bits(buffer.dispatch(x, handle=handle)[0], wanted)
+    handle = buffer.dispatch(x, idx, weights, num_experts=NUM_EXPERTS)[3]
+    handle.psum_num_recv_tokens_per_scaleup_rank = handle.psum_num_recv_tokens_per_scaleup_rank.clone()
+    assert same_bits(buffer.combine(recv, handle)[0], before)
+
+
+def test_replaced_fields_are_followed(pair: Workers) -> None:
+    pair.run(foreign_fields)
+
+
+def shortened(group: Any) -> None:
+    """A client may cut the unused tail off the metadata, and off its rows."""
+    buffer = build(group)
+    x, idx, weights = batch(group)
+    recv, _, _, handle, _ = buffer.dispatch(x, idx, weights, num_experts=NUM_EXPERTS, do_cpu_sync=False)
+    num_real = int(handle.psum_num_recv_tokens_per_scaleup_rank[-1])
+    y = buffer.combine(recv, handle)[0]
+    handle.recv_src_metadata = handle.recv_src_metadata[:num_real]
+    assert same_bits(buffer.combine(recv[:num_real], handle)[0], y)
+    assert same_bits(buffer.dispatch(x, handle=handle)[0], recv[:num_real])
+
+
+def test_metadata_may_be_cut(pair: Workers) -> None:
+    pair.run(shortened)
+
+
+def add_up(group: Any, do_expand: bool, allow_hybrid_mode: bool, allow_multiple_reduction: bool) -> None:
+    """Every way of adding up across hosts, against the written-down reference."""
+    modes = {"allow_hybrid_mode": allow_hybrid_mode, "allow_multiple_reduction": allow_multiple_reduction}
+    buffer = build(group, topology=Topology.split(4, 2), **modes)
+    assert buffer.get_physical_domain_size() == (2, 2)
+    domain = (2, 2) if allow_hybrid_mode else (1, 4)
+    assert buffer.get_logical_domain_size() == (buffer.num_scaleout_ranks, buffer.num_scaleup_ranks) == domain
+    assert (buffer.scaleout_rank_idx, buffer.scaleup_rank_idx) == divmod(group.rank(), domain[1])
+    x, topk_idx, _ = batch(group)
+    handle = buffer.dispatch(x, topk_idx, num_experts=NUM_EXPERTS, do_expand=do_expand)[3]
+    source = handle.recv_src_metadata[:, 0]
+    data = refs.generate_pre_combine_data(source, MAX_TOKENS, NUM_TOPK, HIDDEN)
+    lane = last_lane(group, topk_idx)
+    if do_expand:
+        rows = torch.zeros(handle.num_expanded_tokens, HIDDEN, dtype=torch.bfloat16)
+        place = handle.recv_src_metadata[:, 2:]
+        rows[place[place >= 0].long()] = data[place >= 0]
+    else:
+        # The row of a rank counts as that of its highest position.
+        idx = buffer.dispatch(x, handle=handle)[1]
+        assert idx is not None
+        highest = (torch.arange(NUM_TOPK) * (idx >= 0)).amax(dim=1)
+        rows = data[torch.arange(len(data)), highest]
+    mine = torch.arange(len(x)) + group.rank() * MAX_TOKENS
+    sent = refs.generate_pre_combine_data(mine, MAX_TOKENS, NUM_TOPK, HIDDEN)
+    want = refs.combine(
+        sent, topk_idx if do_expand else lane, *domain, NUM_EXPERTS,
+        reduce_in_local=do_expand and allow_multiple_reduction, reduce_in_scaleup=allow_multiple_reduction,
+    )  # fmt: skip
+    assert same_bits(buffer.combine(rows, handle)[0], want)
+
+
+def last_lane(group: Any, topk_idx: torch.Tensor) -> torch.Tensor:
+    """Keep of each rank the choice at its highest position."""
+    ranks = last_slots(topk_ranks(topk_idx, NUM_EXPERTS // group.size()))
+    return torch.where(ranks >= 0, topk_idx, -1)
+
+
+@pytest.mark.parametrize("do_expand", [False, True])
+@pytest.mark.parametrize("allow_hybrid_mode", [False, True])
+@pytest.mark.parametrize("allow_multiple_reduction", [False, True])
+def test_sums_across_hosts(
+    four: Workers, do_expand: bool, allow_hybrid_mode: bool, allow_multiple_reduction: bool
+) -> None:
+    four.run(add_up, do_expand, allow_hybrid_mode, allow_multiple_reduction)
+
+
+def disagree(group: Any, **options: Any) -> None:
+    x, idx, weights = batch(group)
+    build(group).dispatch(x, idx, weights, num_experts=NUM_EXPERTS, **{k: v[group.rank()] for k, v in options.items()})
+
+
+def messages(workers: Workers, options: dict[str, Any]) -> list[str]:
+    outcomes = workers.run(disagree_with, options, return_exceptions=True)
+    assert all(isinstance(outcome, deepep.InvalidArgument) for outcome in outcomes), outcomes
+    return [str(outcome) for outcome in outcomes]
+
+
+def disagree_with(group: Any, options: dict[str, Any]) -> None:
+    disagree(group, **options)
+
+
+def test_ranks_that_disagree_raise_the_same_error(pair: Workers) -> None:
+    one, other = messages(pair, {"num_max_tokens_per_rank": [9, 16]})
+    assert one == other
+    assert "num_max_tokens_per_rank: rank 0 has 9 and rank 1 has 16" in one
+    one, other = messages(pair, {"do_expand": [False, True]})
+    assert one == other
+    assert "layout" in one
+
+
+def test_a_refused_argument_is_told_to_the_other_ranks(pair: Workers) -> None:
+    one, other = messages(pair, {"num_max_tokens_per_rank": [4, 9]})
+    assert "num_max_tokens_per_rank is 4 and x has 9 tokens" in one
+    assert other.startswith("dispatch: rank 0 refused: ")
+
+
+def refuse_arguments(group: Any) -> None:
+    buffer = build(group)
+    x, topk_idx, weights = batch(group)
+    handle = buffer.dispatch(x, topk_idx, num_experts=NUM_EXPERTS, expert_alignment=2)[3]
+    for wrong in (
+        {"num_experts": 2 * NUM_EXPERTS},
+        {"expert_alignment": 4},
+        {"num_max_tokens_per_rank": 2 * MAX_TOKENS},
+        {"do_expand": True},
+        {"do_cpu_sync": True},
+        {"topk_idx": topk_idx},
+        {"topk_weights": weights[:, :1]},
+        {"num_sms": -1},
+        {"x": x[:1]},
+    ):
+        with pytest.raises(deepep.InvalidArgument, match=next(iter(wrong))):
+            buffer.dispatch(**{"x": x, "handle": handle, **wrong})
+    same = {"num_experts": NUM_EXPERTS, "expert_alignment": 2, "num_max_tokens_per_rank": MAX_TOKENS}
+    assert buffer.dispatch(x, handle=handle, do_expand=False, do_cpu_sync=False, **same)[3] is handle
+    for call in (lambda: buffer.dispatch(x, topk_idx), lambda: buffer.dispatch(x, num_experts=NUM_EXPERTS)):
+        with pytest.raises(deepep.InvalidArgument, match="are needed without a handle"):
+            call()
+    with pytest.raises(deepep.InvalidArgument, match="EPHandle"):
+        buffer.combine(x, (1, 2))  # type: ignore[arg-type]
+    with pytest.raises(deepep.InvalidArgument, match="x has 1 rows"):
+        buffer.combine(x[:1], handle)
+
+
+def test_wrong_arguments_are_named(pair: Workers) -> None:
+    pair.run(refuse_arguments)
+
+
+def chain_events(group: Any) -> None:
+    """Both kinds of events are taken in every place; synchronous calls return none."""
+    buffer = build(group)
+    x, idx, weights = batch(group)
+    captured = buffer.capture()
+    assert isinstance(captured, deepep.EventHandle)
+    flags: dict[str, Any] = {"async_with_compute_stream": True, "allocate_on_comm_stream": True}
+    for event in (captured, deepep.EventOverlap(captured)):
+        recv, _, _, handle, after = buffer.dispatch(
+            x,
+            idx,
+            weights,
+            num_experts=NUM_EXPERTS,
+            previous_event=event,
+            previous_event_before_epilogue=event,
+            **flags,
+        )
+        y, _, last = buffer.combine(recv, handle, previous_event=after, previous_event_before_epilogue=event, **flags)
+        last.current_stream_wait()
+        assert same_bits(y, buffer.combine(recv, handle)[0])
+
+
+def test_events_of_both_kinds_are_taken_everywhere(pair: Workers) -> None:
+    pair.run(chain_events)
+
+
+def create_and_drop(group: Any, num_alive: int, num_rounds: int) -> list[int]:
+    """Keep `num_alive` buffers, replace a tenth of them in each round; resident bytes after each round."""
+    resident = []
+    topology = Topology.split(group.size(), 1)
+    buffers = [build(group, topology=topology) for _ in range(num_alive)]
+    for _ in range(num_rounds):
+        dropped = [weakref.ref(buffers.pop(0)) for _ in range(num_alive // 10)]
+        gc.collect()
+        assert not any(reference() for reference in dropped)
+        buffers += [build(group, topology=topology) for _ in range(num_alive // 10)]
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        resident.append(pages * resource.getpagesize())
+    x, idx, weights = batch(group)
+    for buffer in buffers:
+        recv, _, _, handle, _ = buffer.dispatch(x, idx, weights, num_experts=NUM_EXPERTS)
+        buffer.combine(recv, handle)
+    return resident
+
+
+def test_many_buffers_alive_at_once_and_no_memory_kept(pair: Workers) -> None:
+    for resident in pair.run(create_and_drop, 30, 100):
+        # The first rounds fill caches and free lists.
+        assert resident[-1] - resident[20] < 4 << 20
+
+
+def use_after_destroy(group: Any) -> None:
+    buffer = build(group)
+    buffer.destroy()
+    buffer.destroy()
+    with pytest.raises(deepep.BufferDestroyed):
+        buffer.barrier()
+    assert buffer.get_logical_domain_size() == (1, 2)
+    assert deepep.get_physical_domain_size(group) == deepep.get_logical_domain_size(group) == (1, 2)
+
+
+def test_destroy_may_be_called_twice(pair: Workers) -> None:
+    pair.run(use_after_destroy)
+
+
+def check_sizes(group: Any) -> None:
+    by_shape = build(group)
+    hint = deepep.ElasticBuffer.get_buffer_size_hint(group, MAX_TOKENS, HIDDEN, num_topk=NUM_TOPK)
+    assert by_shape.num_bytes == hint
+    assert hint % SIZE_ALIGNMENT == 0 < hint
+    assert build(group, num_bytes=1 << 21).num_bytes == 1 << 21
+    with pytest.raises(deepep.InvalidArgument, match="num_max_tokens_per_rank=0"):
+        deepep.ElasticBuffer(group)
+    num_sms = by_shape.get_theoretical_num_sms(NUM_EXPERTS, NUM_TOPK)
+    assert 0 < by_shape.get_theoretical_num_qps(num_sms) <= by_shape.num_allocated_qps
+    x, idx, weights = batch(group)
+    assert by_shape.dispatch(x, idx, weights, num_experts=NUM_EXPERTS)[3].num_sms == num_sms
+    assert by_shape.dispatch(x, idx, weights, num_experts=NUM_EXPERTS, num_sms=6)[3].num_sms == 6
+
+
+def test_sizes_of_a_buffer(pair: Workers) -> None:
+    pair.run(check_sizes)
+
+
+def test_larger_shapes_need_larger_buffers() -> None:
+    sizes = [
+        deepep.ElasticBuffer.get_buffer_size_hint(FakeGroup(), 4096, 7168, num_topk=8, **options)
+        for options in ({"use_fp8_dispatch": True}, {}, {"allow_multiple_reduction": False})
+    ]
+    assert sizes[0] <= sizes[1] <= sizes[2]
+    assert all(size % SIZE_ALIGNMENT == 0 for size in sizes)
+    tokens, unknown = (deepep.ElasticBuffer.get_buffer_size_hint(FakeGroup(), 4096, 7168, k) for k in (8, 0))
+    assert tokens <= unknown
+
+
+class FakeGroup:
+    def size(self) -> int:
+        return 8
+
+
+@pytest.mark.parametrize("domain", [(1, 1), (1, 2), (1, 8), (2, 1), (4, 8)])
+def test_multiprocessors_follow_the_links(domain: tuple[int, int]) -> None:
+    for num_topk in (1, 8, 300):
+        few = theoretical_num_sms(domain, 256, num_topk, nvlink_gbs=10, rdma_gbs=1)
+        usual = theoretical_num_sms(domain, 256, num_topk)
+        assert 4 <= few <= usual < 100
+        assert few % 2 == usual % 2 == 0
+    with pytest.raises(deepep.InvalidArgument, match="num_experts=3"):
+        theoretical_num_sms((1, 2), 3, 1)
+
+
+def test_queue_pairs() -> None:
+    assert theoretical_num_qps(24, is_hybrid=False, num_allocated_qps=17) == 9
+    assert theoretical_num_qps(2, is_hybrid=True, num_allocated_qps=65) == 33
+    assert theoretical_num_qps(24, is_hybrid=True, num_allocated_qps=65) == 65
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["all_gather", "agrs_new_session", "pp_send", "engram_fetch", "get_pp_buffer_size_hint"],
+)
+def test_what_is_not_here_says_so(name: str) -> None:
+    with pytest.raises(deepep.UnsupportedOperation, match=f"ElasticBuffer.{name}: .* not part of this library"):
+        getattr(deepep.ElasticBuffer, name)(1, extra=2)
+
+
+def test_host_memory_is_refused() -> None:
+    with pytest.raises(deepep.UnsupportedOperation, match="num_cpu_bytes"):
+        deepep.ElasticBuffer(num_bytes=1 << 21, num_cpu_bytes=1 << 21)
