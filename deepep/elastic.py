@@ -32,7 +32,7 @@ from deepep.elastic_handle import (
     rebuild_routing,
     tensors_of,
 )
-from deepep.elastic_requests import Named, Place, cached_request, fresh_request
+from deepep.elastic_requests import Named, Place, cached_terms, fresh_terms
 from deepep.elastic_sizes import SizesMixin
 from deepep.errors import InvalidArgument
 from deepep.event import Event, EventHandle, EventOverlap, as_handle
@@ -226,29 +226,34 @@ class ElasticBuffer(SizesMixin, AbsentMixin, Front):
             if handle is not None:
                 check_handle(op, handle, self.num_ranks)
                 routing = known_routing(handle, self._owner)
-                request = cached_request(data, sf, handle, routing, topk_idx, topk_weights, named, do_cpu_sync)
+                terms = cached_terms(data, sf, handle, routing, topk_idx, topk_weights, named, do_cpu_sync)
             else:
-                place = Place(self.num_ranks, self.num_max_tokens_per_rank, backend.capabilities().max_topk)
+                place = Place(self.num_ranks, self.num_max_tokens_per_rank, self._capabilities.max_topk)
                 stats = cumulative_local_expert_recv_stats
                 exact = do_cpu_sync is None or do_cpu_sync
-                request = fresh_request(data, sf, topk_idx, topk_weights, stats, named, exact, place)
-            num_sms = self._num_sms(op, num_sms, handle, request)
-        request = replace(request, do_zero_padding=do_zero_padding, num_sms=num_sms)
-        self._fit(op, data, request.layout)
+                terms = fresh_terms(data, sf, topk_idx, topk_weights, stats, named, exact, place)
+            terms["num_sms"] = self._num_sms(op, num_sms, handle, terms)
+        terms["do_zero_padding"] = do_zero_padding
+        self._fit(op, data, terms["layout"])
         before = as_handle(previous_event_before_epilogue)
+        inputs = (*terms.values(), tensors_of(handle))
 
         def work() -> tuple[DispatchResult, HandleTensors | None]:
             if before is not None:
                 before.current_stream_wait()
-            result = backend.dispatch(self._completed(request, handle, do_handle_copy))
+            if handle is not None:
+                terms["routing"] = self._routing(handle)
+            elif do_handle_copy:
+                terms["topk_idx"] = terms["topk_idx"].clone()
+            result = backend.dispatch(DispatchRequest(**terms))
             if use_tma_aligned_col_major_sf and result.sf is not None:
                 result = replace(result, sf=column_major(result.sf))
             return result, handle_tensors(result, self.num_scaleup_ranks) if handle is None else None
 
-        inputs = (request, tensors_of(handle))
         (result, tensors), event = self._run(work, inputs, data.is_cuda, async_with_compute_stream, previous_event)
         if handle is None:
-            handle = make_handle(request, result, tensors, self.num_ranks, self._owner)
+            exact = terms["num_worst_rows"] is None
+            handle = make_handle(result, tensors, exact, terms["num_sms"], self.num_ranks, self._owner)
         recv_x = result.x if result.sf is None else (result.x, result.sf)
         return recv_x, result.topk_idx, result.topk_weights, handle, event
 
@@ -293,7 +298,7 @@ class ElasticBuffer(SizesMixin, AbsentMixin, Front):
             if topk_weights is not None:
                 check_weights(op, topk_weights, x.shape[:1] if handle.do_expand else (x.shape[0], num_topk))
             biases = check_bias(op, bias, x, num_tokens)
-            num_sms = self._num_sms(op, num_sms, handle, None)
+            num_sms = self._num_sms(op, num_sms, handle, {})
         self._fit(op, x, Layout.EXPANDED if handle.do_expand else Layout.COMPACT)
         # For compact rows this says something only where hosts would add up first.
         is_per_copy = not self.allow_multiple_reduction and (handle.do_expand or self.num_scaleout_ranks > 1)
@@ -313,22 +318,14 @@ class ElasticBuffer(SizesMixin, AbsentMixin, Front):
         (result, _), event = self._run(work, inputs, x.is_cuda, async_with_compute_stream, previous_event)
         return result.x, result.topk_weights, event
 
-    def _num_sms(self, op: str, num_sms: int, handle: EPHandle | None, request: DispatchRequest | None) -> int:
+    def _num_sms(self, op: str, num_sms: int, handle: EPHandle | None, terms: dict[str, Any]) -> int:
         if num_sms < 0:
             raise InvalidArgument(f"{op}: num_sms is {num_sms}; it must be 0 (automatic) or more")
-        if num_sms or handle is not None:
-            return num_sms or (0 if handle is None else handle.num_sms)
-        if request is None or request.topk_idx is None:
-            return 0
-        return self.get_theoretical_num_sms(request.num_experts, request.topk_idx.shape[1])
-
-    def _completed(self, request: DispatchRequest, handle: EPHandle | None, do_handle_copy: bool) -> DispatchRequest:
-        """Add what is worked out on the stream of the operation."""
+        if num_sms:
+            return num_sms
         if handle is not None:
-            return request if request.routing is not None else replace(request, routing=self._routing(handle))
-        if do_handle_copy and request.topk_idx is not None:
-            return replace(request, topk_idx=request.topk_idx.clone())
-        return request
+            return handle.num_sms
+        return self.get_theoretical_num_sms(terms["num_experts"], terms["topk_idx"].shape[1])
 
     def _routing(self, handle: EPHandle) -> Routing:
         known = known_routing(handle, self._owner)

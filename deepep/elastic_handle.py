@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from deepep.backends.base import DispatchRequest, DispatchResult, Layout, Routing
+from deepep.backends.base import DispatchResult, Layout, Routing
 from deepep.errors import InvalidArgument
 from deepep.layout import align, num_expanded_rows_at_most, topk_ranks
 from deepep.validate import check_tensor, topk_idx_t
@@ -148,23 +148,23 @@ def handle_tensors(result: DispatchResult, num_scaleup_ranks: int) -> HandleTens
 
 
 def make_handle(
-    request: DispatchRequest, result: DispatchResult, tensors: HandleTensors | None, num_ranks: int, owner: int
+    result: DispatchResult, tensors: HandleTensors | None, exact: bool, num_sms: int, num_ranks: int, owner: int
 ) -> EPHandle:
-    """Write a fresh dispatch down; `owner` identifies the buffer."""
+    """Write a fresh dispatch down; `exact` says that shapes are, `owner` identifies the buffer."""
     routing = result.routing
     if tensors is None:
         raise TypeError("a fresh dispatch needs the tensors of its handle")
     topk_idx, counts = routing.topk_idx, result.num_recv_tokens_per_expert_list
     if topk_idx is None:
         raise TypeError("the Routing of a dispatch with top-k must hold topk_idx")
-    if request.num_worst_rows is None:
+    if exact:
         num_expanded = sum(counts)
     else:
         num_local, alignment = routing.num_experts // num_ranks, routing.expert_alignment
         num_expanded = num_expanded_rows_at_most(routing.num_recv_tokens, topk_idx.shape[1], num_local, alignment)
     handle = EPHandle(
         routing.layout is Layout.EXPANDED, routing.num_experts, routing.expert_alignment,
-        routing.num_max_tokens_per_rank, request.num_sms, topk_idx, routing.num_recv_tokens, num_expanded, counts,
+        routing.num_max_tokens_per_rank, num_sms, topk_idx, routing.num_recv_tokens, num_expanded, counts,
         *tensors, recv_src_metadata=None, dst_buffer_slot_idx=routing.dst_row,
     )  # fmt: skip
     handle._known = _Known(routing, owner, _fields(handle))

@@ -44,6 +44,7 @@ class SizesMixin(_Base):
     allow_hybrid_mode: bool
     prefer_overlap_with_compute: bool
     num_scaleout_ranks: int
+    num_scaleup_ranks: int
     num_allocated_qps: int
 
     @staticmethod
@@ -81,14 +82,18 @@ class SizesMixin(_Base):
     ) -> int:
         """Give the multiprocessors a call takes with `num_sms=0`; arguments as in `theoretical_num_sms`."""
         needed = theoretical_num_sms(
-            self.get_logical_domain_size(), num_experts, num_topk, num_scaleout_topk, rdma_gbs, nvlink_gbs,
-            sm_read_gbs, sm_write_gbs,
+            (self.num_scaleout_ranks, self.num_scaleup_ranks), num_experts, num_topk, num_scaleout_topk, rdma_gbs,
+            nvlink_gbs, sm_read_gbs, sm_write_gbs,
         )  # fmt: skip
-        available = None
-        if torch.cuda.is_available():
-            properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-            available = properties.multi_processor_count // self.topology.ranks_per_gpu(self.rank)
-        return limited_num_sms(needed, self.prefer_overlap_with_compute, available)
+        return limited_num_sms(needed, self.prefer_overlap_with_compute, self._num_sms_available)
+
+    @functools.cached_property
+    def _num_sms_available(self) -> int | None:
+        """Multiprocessors of this rank's GPU, shared out among the ranks on it; None without a GPU."""
+        if not torch.cuda.is_available():
+            return None
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return properties.multi_processor_count // self.topology.ranks_per_gpu(self.rank)
 
     def get_theoretical_num_qps(self, num_sms: int) -> int:
         """Give the network queue pairs that `num_sms` multiprocessors can use, at most `num_allocated_qps`."""

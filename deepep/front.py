@@ -69,6 +69,7 @@ class Front:
                 f"topology describes {self.topology.num_ranks} ranks and the group has {self.group_size}"
             )
         chosen = self._agree_on_backend(registry.requested(backend), on_cuda, options)
+        self._capabilities = chosen.capabilities()
         self._backend = chosen(self._group, self.topology, BackendOptions(timeout=self.timeout, **options))
 
     @property
@@ -147,7 +148,7 @@ class Front:
 
     def _fit(self, op: str, x: torch.Tensor, layout: Any) -> Backend:
         backend = self._alive(op)
-        able = backend.capabilities()
+        able = self._capabilities
         if x.device.type not in able.devices:
             raise UnsupportedOperation(
                 f"{op}: backend '{backend.name}' does not work on {x.device.type} tensors (only "
