@@ -10,8 +10,8 @@ constexpr int kMaxRanks = 64;
 constexpr int kMaxTopk = 64;
 constexpr uint32_t kNoEntry = 0xffffffffu;
 constexpr uint32_t kPositionBits = 20;  // a metadata entry is local expert << 20 | position among its source's rows
-constexpr uint32_t kFlagRows = 4;       // staged rows that share a flag
-constexpr uint32_t kPassTokens = 32;    // tokens of a home after which combine gives ring space back
+constexpr uint32_t kFlagRows = 4;       // rows staged by dispatch that share a flag
+constexpr uint32_t kPassTokens = 8;     // combine: tokens of a home that are staged together, and given back together
 
 // What a rank says to every peer when an operation begins. The first kNumAgreed must be equal on all ranks.
 enum Header : int {
@@ -30,17 +30,19 @@ enum Header : int {
     kHeaderRing,                  // rows the ring holds, kNoEntry if rows lie side by side (not staged)
     kHeaderFirstRow,              // combine: this peer's first row in its compact rows
     kHeaderRoom,                  // dispatch: most rows it has room for, kNoEntry if any number
+    kHeaderInWindow,              // combine: 1 if rows are not staged but lie in the window in their compact order
     kHeaderWords = 16,
 };
 
-// Words of the host's status page; each is ticket << 32 | value.
+// Words of the host's status page; each is ticket << 32 | value. Behind the missing ranks [R] come, in an exact
+// dispatch: rows received, rows sent to each rank [R], rows of each local expert [L].
 enum HostWord : int {
     kHostCode = 0,
     kHostField = 1,
     kHostRank = 2,
     kHostTheirs = 3,
     kHostOurs = 4,
-    kHostOp = 5,
+    kHostReady = 5,  // 1: the counts are there, or the code says why not
     kHostMissing = 8,
 };
 
@@ -52,10 +54,10 @@ struct Control {
     uint32_t error;       // Code of the running operation
     uint32_t arrivals;    // grid barrier
     uint32_t exits;       // CTAs that have left
-    uint32_t next_stage;  // tickets for staging
-    uint32_t next_job;    // tickets for combine's tokens
+    uint32_t next_early;  // tickets for staging in notify
+    uint32_t next_stage;  // tickets for staging later
+    uint32_t next_job;    // tickets for combine's tokens; dispatch: warps that have finished a pass
     uint32_t metadata;    // CTAs that have sent their metadata
-    uint32_t pad;
 };
 
 // Where things are. Words and metadata have two banks, by parity of the epoch: whoever is in epoch e knows that every
@@ -102,7 +104,7 @@ struct DispatchArgs {
     uint32_t header[kNumAgreed];
     uint32_t num_tokens, num_slots, num_topk, num_experts, num_sf, sf_format, hidden;
     uint32_t ring_rows, sf_pitch, is_in_window, room, num_rows, num_compact_rows, alignment;
-    uint32_t do_zero_padding, is_cached, is_exact, num_stage_chunks_early;
+    uint32_t do_zero_padding, is_cached, is_exact, is_expanded, num_early_chunks, num_walkers, metadata_rows;
     Cut cut;
 };
 

@@ -41,6 +41,23 @@ struct Operation {
             transport.local(window.flags + (uint64_t{owner} * window.num_flags + index) * 8));
     }
 
+    // "Peer `home` is through with pass `pass` of what this rank staged for it."
+    __device__ uint64_t* credit_of(uint32_t home, uint32_t pass) const {
+        return reinterpret_cast<uint64_t*>(
+            transport.local(window.credits + (uint64_t{home} * window.num_passes + pass) * 8));
+    }
+
+    // One of `total` parties has finished its part of a pass; the last one tells every peer.
+    __device__ void finish_part(uint32_t pass, uint32_t total) const {
+        uint32_t* finished = reinterpret_cast<uint32_t*>(transport.local(window.finished)) + pass;
+        if (add_acq_rel_gpu(finished, 1) != total - 1) return;
+        *finished = 0;
+        for (uint32_t peer = 0; peer < window.num_ranks; ++peer) {
+            const uint64_t at = window.credits + (uint64_t{window.rank} * window.num_passes + pass) * 8;
+            transport.release_signal(peer, at, make_word(epoch, 0));
+        }
+    }
+
     __device__ bool failed() const { return *reinterpret_cast<volatile uint32_t*>(&control->error) != kOk; }
 
     __device__ void host_word(int index, uint32_t value) const {
@@ -80,7 +97,9 @@ struct Operation {
                     fail(kTimeout, 0, peer, 0, 0);
                     return false;
                 }
-                if (failed()) return false;
+                // A timeout elsewhere is no reason to stop: this wait has the same limit, and names its own peer.
+                const uint32_t error = *reinterpret_cast<volatile uint32_t*>(&control->error);
+                if (error != kOk && error != kTimeout) return false;
             }
         }
     }
@@ -103,9 +122,9 @@ struct Operation {
         return passed != 0;
     }
 
-    // CTA 0 tells every peer about this rank. first_row[r]: kHeaderFirstRow for peer r, or null.
+    // One CTA tells every peer about this rank. psum: inclusive, of own compact rows by source (combine), or null.
     __device__ void send_headers(const uint32_t* agreed, uint32_t tokens, uint32_t rows, uint32_t sf, uint32_t ring,
-                                 uint32_t room, uint32_t refused) const {
+                                 uint32_t room, uint32_t is_in_window, uint32_t refused, const int32_t* psum) const {
         for (uint32_t i = threadIdx.x; i < window.num_ranks * kHeaderWords; i += blockDim.x) {
             const uint32_t peer = i / kHeaderWords, field = i % kHeaderWords;
             uint32_t value = 0;
@@ -116,18 +135,18 @@ struct Operation {
             if (field == kHeaderSf) value = sf;
             if (field == kHeaderRing) value = ring;
             if (field == kHeaderRoom) value = room;
-            if (field == kHeaderFirstRow) continue;
+            if (field == kHeaderInWindow) value = is_in_window;
+            if (field == kHeaderFirstRow && psum != nullptr && peer > 0) value = static_cast<uint32_t>(psum[peer - 1]);
             // A zero-copy input was written by earlier kernels: release it together with the words.
             transport.release_signal(peer, header_at(window.rank) + field * 8, make_word(epoch, value));
         }
     }
 
     // Wait for all words of a peer's header; the threads of a CTA share the work. header: [R][kHeaderWords] in shared.
-    __device__ void wait_headers(uint32_t* header, bool with_first_row) const {
+    __device__ void wait_headers(uint32_t* header) const {
         for (uint32_t i = threadIdx.x; i < window.num_ranks * kHeaderWords; i += blockDim.x) {
             const uint32_t peer = i / kHeaderWords, field = i % kHeaderWords;
             header[i] = 0;
-            if (field == kHeaderFirstRow && !with_first_row) continue;
             uint64_t word = 0;
             const uint64_t* address = reinterpret_cast<const uint64_t*>(transport.local(header_at(peer) + field * 8));
             if (wait_counted(address, epoch, 0, peer, &word)) header[i] = word_value(word);
@@ -185,7 +204,7 @@ struct Operation {
         if (threadIdx.x == 0) {
             control->arrivals = control->exits = 0;
             if (closes) {
-                control->next_stage = control->next_job = control->metadata = 0;
+                control->next_early = control->next_stage = control->next_job = control->metadata = 0;
                 control->error = kOk;
                 control->epoch = epoch;
             }

@@ -1,0 +1,162 @@
+"""Normal mode over a symmetric window: an operation is these launches."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from deepep.backends.base import BackendOptions
+from deepep.cuda import driver, jit, kernels
+from deepep.cuda.arguments import MAX_RANKS, BarrierArgs, HostWord, Window
+from deepep.cuda.host_words import HostWords
+from deepep.cuda.launch import runtime
+from deepep.cuda.status import Status, op_word
+from deepep.cuda.window import MAX_LOCAL_EXPERTS, WindowMap, map_window
+from deepep.errors import InvalidArgument, UnsupportedOperation
+
+_SMEM_ATTRIBUTE = "CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"
+_SM_ATTRIBUTE = "CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT"
+DEFAULT_NUM_SMS = 24
+_ALIGNMENT = 256
+
+
+class Memory(Protocol):
+    """What an engine needs of symmetric memory."""
+
+    base: int
+    peer_table: int
+
+    def as_tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Give a tensor over own bytes from `offset` on."""
+
+    def offset_of(self, tensor: torch.Tensor) -> int | None:
+        """Give the offset of a contiguous tensor inside own memory, or None."""
+
+
+@dataclass
+class Engine:
+    """Kernels, window and status page of one backend; what dispatch and combine have in common.
+
+    Attributes:
+        memory: the symmetric window, `window_map.num_bytes` long.
+        window_map: its division.
+        rank: of this process.
+        num_ranks: R.
+        device: index of the CUDA device.
+        ranks_per_gpu: ranks that share it; they divide its multiprocessors.
+        timeout: longest wait for a peer, seconds.
+    """
+
+    memory: Memory
+    window_map: WindowMap
+    rank: int
+    num_ranks: int
+    device: int
+    ranks_per_gpu: int
+    timeout: float
+    _scratch: dict[int, torch.Tensor] = field(default_factory=dict)
+    _handles: dict[jit.KernelSpec, int] = field(default_factory=dict)
+    _inputs: dict[str, int] = field(default_factory=dict)
+    _ticket: int = 0
+
+    def __post_init__(self) -> None:
+        self.words = HostWords(8 * (HostWord.MISSING + 2 * self.num_ranks + 1 + MAX_LOCAL_EXPERTS))
+        self.status = Status(self.words, self.rank, self.num_ranks, self.timeout)
+        self.most_sms = max(driver.device_attribute(_SM_ATTRIBUTE, self.device) // self.ranks_per_gpu, 1)
+        optin = driver.device_attribute(_SMEM_ATTRIBUTE, self.device)
+        self.smem_bytes = min(optin - kernels.STATIC_SMEM_BYTES, kernels.MOST_SMEM_BYTES)
+        struct = self.window_map.struct
+        struct.peers, struct.host = self.memory.peer_table, self.words.device_address
+        struct.rank, struct.timeout_ns = self.rank, int(self.timeout * 1e9)
+        self.window = struct
+
+    def num_sms(self, wanted: int) -> int:
+        """Multiprocessors to use: never more than this rank's share, since kernels that wait must all be resident."""
+        return max(1, min(wanted or DEFAULT_NUM_SMS, self.most_sms))
+
+    def prepare(self, window: Window, num_experts: int) -> None:
+        """Fill in what differs between calls: scratch memory and the ticket that marks this call's host words."""
+        self._ticket = self._ticket % 0xFFFFFFFF + 1
+        window.ticket = self._ticket
+        scratch = self._scratch.get(num_experts)
+        if scratch is None:
+            # Kept for good: graphs hold its address.
+            num_words = num_experts + self.most_sms * (num_experts + self.num_ranks)
+            scratch = torch.empty(num_words, dtype=torch.int32, device=f"cuda:{self.device}")
+            self._scratch[num_experts] = scratch
+        window.scratch = scratch.data_ptr()
+
+    def launch(self, spec: jit.KernelSpec, num_sms: int, num_threads: int, smem: int, args: ctypes.Structure) -> None:
+        """Start a kernel on torch's current stream."""
+        handle = self._handles.get(spec)
+        if handle is None:
+            kernel = jit.load(spec, self.device)
+            kernel.set_max_smem(self.smem_bytes)
+            handle = self._handles[spec] = kernel.handle
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        runtime().launch(handle, num_sms, num_threads, smem, stream, ctypes.addressof(args))
+
+    def wait_counts(self) -> None:
+        """Wait, without the GIL, until notify has written this call's counts; raise what went wrong instead."""
+        ready = self._ticket << 32 | 1
+        # The kernel gives up by itself; the host only needs to outlast it.
+        runtime().wait_word(self.words.host_address + 8 * HostWord.READY, ready, self.timeout + 10.0)
+        if int(self.words.host[HostWord.CODE]):
+            self.barrier_launch(is_close=True)
+            self.status.raise_error()
+        if int(self.words.host[HostWord.READY]) != ready:
+            torch.cuda.current_stream(self.device).synchronize()
+            self.status.raise_error()
+
+    def barrier_launch(self, *, is_refusal: bool = False, is_close: bool = False) -> None:
+        """Meet all ranks, refuse the running operation towards them, or end a failed one."""
+        args = BarrierArgs(window=self.window, is_refusal=is_refusal, is_close=is_close)
+        args.header[0] = op_word("barrier")
+        self.launch(kernels.BARRIER, 1, kernels.BARRIER_THREADS, 0, args)
+
+    @property
+    def ring_bytes(self) -> int:
+        """Bytes of the payload region that are not handed out as input buffers."""
+        return self.window_map.payload_bytes - sum(self._inputs.values())
+
+    def input_buffer(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Give a tensor inside the window; each kind has one place, which grows when asked for more.
+
+        Raises:
+            InvalidArgument: the window is too small; says what would do.
+        """
+        needed = kernels.align_up(max(torch.Size(shape).numel() * dtype.itemsize, 1), _ALIGNMENT)
+        granted = dict(self._inputs)
+        granted[kind] = max(needed, granted.get(kind, 0))
+        total, limit = sum(granted.values()), self.window_map.payload_bytes
+        if total > limit // 2:
+            more = self.window_map.num_bytes + 2 * total - limit
+            raise InvalidArgument(
+                f"get_{kind}_input_buffer: {total} bytes do not fit half of this window's {limit}; build the buffer "
+                f"with at least {more} bytes"
+            )
+        self._inputs = granted
+        # Buffers lie at the end, dispatch's last, and rings before them.
+        end = self.window_map.payload + limit - (granted.get("dispatch", 0) if kind == "combine" else 0)
+        return self.memory.as_tensor(end - granted[kind], shape, dtype)
+
+    def close(self) -> None:
+        """Give the status page back; kernels must be over."""
+        self.words.close()
+        self._scratch.clear()
+
+
+def make_engine(
+    memory_of: Any, rank: int, num_ranks: int, device: int, ranks_per_gpu: int, options: BackendOptions
+) -> Engine:
+    """Build an engine; `memory_of(num_bytes)` makes the symmetric memory, collectively."""
+    if num_ranks > MAX_RANKS:
+        raise UnsupportedOperation(
+            f"normal mode: at most {MAX_RANKS} ranks share a window, the group has {num_ranks}; use backend='reference'"
+        )
+    window_map = map_window(num_ranks, options)
+    memory = memory_of(window_map.num_bytes)
+    return Engine(memory, window_map, rank, num_ranks, device, ranks_per_gpu, options.timeout)
