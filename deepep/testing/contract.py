@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from deepep.testing import cases, checks_buffer, checks_elastic, checks_expanded, checks_low_latency
+from deepep.testing import cases, checks_buffer, checks_elastic, checks_errors, checks_expanded, checks_low_latency
 from deepep.testing.routing import Case
 from deepep.testing.target import ContractViolation, Findings, Target
 
@@ -48,6 +48,7 @@ _ALL = (cases.routing_cases, cases.payload_cases, cases.size_cases, cases.host_c
 _ONE_HOST = _ALL[:3]
 _FEW = frozenset({"uniform", "holes", "idle_ranks", "no_tokens", "fp8_float_sf", "hosts"})
 _FEW_LOW_LATENCY = frozenset({"uniform", "holes", "idle_ranks", "no_tokens", "batch"})
+_ONE = frozenset({"uniform"})
 _LOW_LATENCY = (cases.low_latency_cases,)
 
 #: Name -> check. A backend passes the contract when every check holds in every case, or says `UnsupportedOperation`.
@@ -66,9 +67,7 @@ CHECKS: dict[str, Check] = {
     "low_latency_zero_copy": Check(checks_low_latency.check_low_latency_zero_copy, _LOW_LATENCY, _FEW_LOW_LATENCY),
     "low_latency_phases": Check(checks_low_latency.check_low_latency_phases, _LOW_LATENCY, _FEW_LOW_LATENCY),
     "low_latency_stats": Check(checks_low_latency.check_low_latency_stats, _LOW_LATENCY, _FEW_LOW_LATENCY),
-    "low_latency_after_normal": Check(
-        checks_low_latency.check_low_latency_after_normal, _LOW_LATENCY, frozenset({"uniform"})
-    ),
+    "low_latency_after_normal": Check(checks_low_latency.check_low_latency_after_normal, _LOW_LATENCY, _ONE),
     "low_latency_mask": Check(checks_low_latency.check_low_latency_mask, _LOW_LATENCY, _FEW_LOW_LATENCY, min_ranks=2),
     "elastic_compact": Check(checks_elastic.check_elastic_compact, _ONE_HOST),
     "elastic_combine": Check(checks_elastic.check_elastic_combine, _ALL),
@@ -77,6 +76,11 @@ CHECKS: dict[str, Check] = {
     "expanded_dispatch": Check(checks_expanded.check_expanded_dispatch, _ONE_HOST),
     "expanded_combine": Check(checks_expanded.check_expanded_combine, _ALL),
     "expanded_single_reduction": Check(checks_expanded.check_expanded_single_reduction, _ONE_HOST),
+    "bad_arguments": Check(checks_errors.check_bad_arguments, _ONE_HOST, _ONE),
+    "too_few_rows": Check(checks_errors.check_too_few_rows, _ONE_HOST, _ONE),
+    "misuse": Check(checks_errors.check_misuse, _ONE_HOST, _ONE),
+    "disagreement": Check(checks_errors.check_disagreement, _ONE_HOST, _ONE, min_ranks=2),
+    "timeout": Check(checks_errors.check_timeout, _ONE_HOST, _ONE, min_ranks=2),
 }
 
 

@@ -70,11 +70,12 @@ def expected_expanded(route: Route, inputs: Sequence[Inputs], rank: int, expert_
         for place, (src, token, k) in enumerate(copies):
             weights[start + place] = inputs[src].topk_weights[token, k]
             is_padding[start + place] = False
+    first_local = route.local_experts(rank).start
     expanded_row = torch.full((len(route.rows[rank]), route.num_topk), -1, dtype=torch.int32)
     for row, (src, token) in enumerate(route.rows[rank]):
         for k, expert in enumerate(route.choices[src][token]):
             if expert in route.local_experts(rank):
-                expanded_row[row, k] = _expanded_row(route, src, token, k, expert_alignment)
+                expanded_row[row, k] = starts[expert - first_local] + route.place_of[src, token, k]
     return ExpandedRows(_cat(blocks), _cat(sf_blocks) if sf_blocks else None, weights, is_padding, counts, expanded_row)
 
 
@@ -129,8 +130,13 @@ def expected_expanded_combine(
     first (then those of one host, with `ranks_per_host`); without it all rows are added once, in ascending position.
     """
     terms = []
+    starts = _first_rows(route, expert_alignment)
     for token, ranks in enumerate(rank_terms(route, rank)):
-        copies = _copies_of(route, outputs, rank, token, expert_alignment)
+        copies = [
+            (route.owner(expert), outputs[route.owner(expert)][starts[expert] + route.place_of[rank, token, k]])
+            for k, expert in enumerate(route.choices[rank][token])
+            if expert >= 0
+        ]
         if not allow_multiple_reduction:
             terms.append([row for _, row in copies])
             continue
@@ -143,32 +149,18 @@ def expected_expanded_weights(
     route: Route, weights: Sequence[torch.Tensor], rank: int, expert_alignment: int = 1
 ) -> torch.Tensor:
     """Take each slot's weight from its expanded row in `weights[dst]` [rows], 0 for empty slots: [T, K]."""
+    starts = _first_rows(route, expert_alignment)
     combined = torch.zeros(len(route.choices[rank]), route.num_topk)
     for token, choice in enumerate(route.choices[rank]):
         for k, expert in enumerate(choice):
             if expert >= 0:
-                row = _expanded_row(route, rank, token, k, expert_alignment)
-                combined[token, k] = weights[route.owner(expert)][row]
+                combined[token, k] = weights[route.owner(expert)][starts[expert] + route.place_of[rank, token, k]]
     return combined
 
 
-def _copies_of(
-    route: Route, outputs: Sequence[torch.Tensor], rank: int, token: int, expert_alignment: int
-) -> list[tuple[int, torch.Tensor]]:
-    """List (destination rank, expanded row) of one token in ascending top-k position."""
-    copies = []
-    for k, expert in enumerate(route.choices[rank][token]):
-        if expert >= 0:
-            dst = route.owner(expert)
-            copies.append((dst, outputs[dst][_expanded_row(route, rank, token, k, expert_alignment)]))
-    return copies
-
-
-def _expanded_row(route: Route, src: int, token: int, k: int, expert_alignment: int) -> int:
-    """Find the row of one choice at the rank that owns the expert."""
-    expert = route.choices[src][token][k]
-    starts, _ = _expert_blocks(route, route.owner(expert), expert_alignment)
-    return starts[expert % route.num_local_experts] + route.place_of[src, token, k]
+def _first_rows(route: Route, expert_alignment: int) -> list[int]:
+    """Find the first row of every expert, at the rank that owns it."""
+    return [start for rank in range(route.num_ranks) for start in _expert_blocks(route, rank, expert_alignment)[0]]
 
 
 def _expert_blocks(route: Route, rank: int, expert_alignment: int) -> tuple[list[int], list[int]]:
