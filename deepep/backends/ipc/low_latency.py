@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from deepep.backends.base import (
@@ -85,7 +87,7 @@ class LowLatency:
             x = self._next_combine_x
         shape = routing.shape
         if request.reduction is Reduction.PER_COPY and shape.num_topk > shape.num_ranks:
-            shape = Shape(**{**vars(shape), "per_copy": True})
+            shape = replace(shape, per_copy=True)
         return self._engine_for(shape).combine(request, x)
 
     def next_combine_buffer(self, routing: Routing, hidden: int) -> torch.Tensor:
@@ -114,10 +116,10 @@ class LowLatency:
             return
         shape = engine.shape
         wanted = {"num_max_tokens": num_max_tokens_per_rank, "hidden": hidden, "num_experts": num_experts}
-        if all(getattr(shape, name) == value for name, value in wanted.items()):
+        if replace(shape, **wanted) == shape:
             self._clean(engine)
         else:
-            self._engine_for(Shape(**{**vars(shape), **wanted, "per_copy": False}))
+            self._divide(replace(shape, **wanted, per_copy=False))
 
     def local_buffer(self) -> torch.Tensor:
         """Give the window as bytes."""
@@ -145,11 +147,10 @@ class LowLatency:
             raise CommTimeout(_OPS[int(status[0]) - 1], missing, self._options.timeout)
 
     def _engine_for(self, shape: Shape) -> LowLatencyEngine:
+        # Room for a row per choice serves a row per rank, too.
         engine = self._engine
-        if engine is not None and engine.shape == shape:
+        if engine is not None and engine.shape in (shape, replace(shape, per_copy=True)):
             return engine
-        if engine is not None and Shape(**{**vars(shape), "per_copy": engine.shape.per_copy}) == engine.shape:
-            return engine  # room for a row per choice serves a row per rank, too
         return self._divide(shape)
 
     def _divide(self, shape: Shape) -> LowLatencyEngine:
