@@ -24,7 +24,7 @@ def check_bad_arguments(group: Any, target: Target, case: Case) -> None:
     layout = buffer.get_dispatch_layout(target.put(scene.mine.topk_idx), case.num_experts)[:4]
     for name, spoil in _bad_scenes(target.device).items():
         mine = spoil(scene) if scene.rank == case.num_ranks - 1 else scene
-        _expect(found, name, target, InvalidArgument, lambda mine=mine: dispatch(buffer, target, mine, layout=layout))
+        _expect(found, name, target, InvalidArgument, dispatch, buffer, target, mine, layout=layout)
         found.payload(f"recv after {name}", dispatch(buffer, target, scene)[0], scene.rows.x, None, slice(None))
     buffer.destroy()
     found.finish()
@@ -39,7 +39,7 @@ def check_disagreement(group: Any, target: Target, case: Case) -> None:
     other_x = {"H": wide[:, : case.hidden // 2].contiguous(), "dtype": scene.mine.x.half()}
     for name, x in other_x.items():
         odd = replace(scene, inputs=[replace(one, x=x) if is_odd else one for one in scene.inputs])
-        _expect(found, name, target, InvalidArgument, lambda odd=odd: elastic_dispatch(buffer, target, odd))
+        _expect(found, name, target, InvalidArgument, elastic_dispatch, buffer, target, odd)
     options = {
         "E": ("num_experts", case.num_experts, 2 * case.num_experts),
         "M": ("num_max_tokens_per_rank", case.num_max_tokens_per_rank, case.num_max_tokens_per_rank - 1),
@@ -47,18 +47,12 @@ def check_disagreement(group: Any, target: Target, case: Case) -> None:
     for name, (option, usual, odd_value) in options.items():
         few = _shortened(scene)  # fits either M
         value = {option: odd_value if is_odd else usual}
-        error = _expect(
-            found,
-            name,
-            target,
-            InvalidArgument,
-            lambda few=few, value=value: elastic_dispatch(buffer, target, few, **value),
-        )
+        error = _expect(found, name, target, InvalidArgument, elastic_dispatch, buffer, target, few, **value)
         found.true(f"'{error}' names {usual} and {odd_value}", str(usual) in error and str(odd_value) in error)
     found.payload("recv afterwards", elastic_dispatch(buffer, target, scene)[0], scene.rows.x, None, slice(None))
     buffer.destroy()
     odd_case = replace(case, num_max_tokens_per_rank=case.num_max_tokens_per_rank + 5) if is_odd else case
-    _expect(found, "construction", target, InvalidArgument, lambda: target.elastic_buffer(group, odd_case))
+    _expect(found, "construction", target, InvalidArgument, target.elastic_buffer, group, odd_case)
     found.finish()
 
 
@@ -67,8 +61,9 @@ def check_too_few_rows(group: Any, target: Target, case: Case) -> None:
     scene, buffer = Scene.of(case, group.rank()), target.buffer(group, case)
     found = Findings(scene.rank)
     needed = max(len(rows) for rows in scene.route.rows)
-    options = {"num_worst_tokens": needed - 1}
-    error = _expect(found, "dispatch", target, InvalidArgument, lambda: dispatch(buffer, target, scene, **options))
+    error = _expect(
+        found, "dispatch", target, InvalidArgument, dispatch, buffer, target, scene, num_worst_tokens=needed - 1
+    )
     found.true(f"'{error}' names {needed}", str(needed) in error)
     buffer.destroy()
     found.finish()
@@ -81,12 +76,12 @@ def check_misuse(group: Any, target: Target, case: Case) -> None:
     found = Findings(scene.rank)
     handle = dispatch(other, target, scene)[4]
     x = target.put(scene.outputs()[scene.rank])
-    _expect(found, "handle of another buffer", target, InvalidArgument, lambda: buffer.combine(x, handle))
+    _expect(found, "handle of another buffer", target, InvalidArgument, buffer.combine, x, handle)
     handle = dispatch(buffer, target, scene)[4]
     too_long = torch.cat([x, x[:1]]) if len(x) else x.new_zeros(1, case.hidden)
-    _expect(found, "rows", target, InvalidArgument, lambda: buffer.combine(too_long, handle))
+    _expect(found, "rows", target, InvalidArgument, buffer.combine, too_long, handle)
     buffer.destroy()
-    _expect(found, "combine after destroy", target, BufferDestroyed, lambda: buffer.combine(x, handle))
+    _expect(found, "combine after destroy", target, BufferDestroyed, buffer.combine, x, handle)
     other.destroy()
     found.finish()
 
@@ -105,9 +100,7 @@ def check_timeout(group: Any, target: Target, case: Case) -> None:
         except CommTimeout as error:
             found.equal("missing_ranks", error.missing_ranks, (gone,))
             found.true(f"'{error}' names the operation", "dispatch" in str(error))
-        _expect(
-            found, "use of a broken buffer", target, DeepEPError, lambda: dispatch(buffer, target, scene, layout=layout)
-        )
+        _expect(found, "use of a broken buffer", target, DeepEPError, dispatch, buffer, target, scene, layout=layout)
     buffer.destroy()
     again = target.buffer(group, case)
     found.payload("recv of a new buffer", dispatch(again, target, scene)[0], scene.rows.x, None, slice(None))
@@ -115,14 +108,22 @@ def check_timeout(group: Any, target: Target, case: Case) -> None:
     found.finish()
 
 
-def _expect(found: Findings, what: str, target: Target, kind: type[DeepEPError], call: Callable[[], Any]) -> str:
-    """Note it unless `call` raises `kind`; give the error's text.
+def _expect(
+    found: Findings,
+    what: str,
+    target: Target,
+    kind: type[DeepEPError],
+    call: Callable[..., Any],
+    *args: Any,
+    **options: Any,
+) -> str:
+    """Note it unless `call(*args, **options)` raises `kind`; give the error's text.
 
     An operation that never waits on the CPU may raise at the next call instead, once the device has got there.
     """
     for _ in range(2 if target.device == "cuda" else 1):
         try:
-            call()
+            call(*args, **options)
             if target.device == "cuda":
                 torch.cuda.synchronize()
         except kind as error:
