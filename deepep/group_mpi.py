@@ -1,15 +1,16 @@
 """`MpiGroup`: an mpi4py communicator, by polled point-to-point messages of host memory.
 
-NOTES. MPI has no time limits, so everything is non-blocking and polled. A rank that gives up says so to its peers by a
-farewell, so that they do not take it for missing when they reach their own limit later.
+NOTES. MPI has no time limits, so everything is non-blocking and polled. A rank that gives up tells its peers by a
+farewell with the ranks it misses; they then fail as well and name those ranks, not the one that gave up.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from mpi4py import MPI
 
@@ -31,7 +32,7 @@ class _Shared:
     Attributes:
         comm: a duplicate of the user's communicator, so that no message of ours meets one of theirs.
         next_tag: for the next group.
-        farewells: peers that have given up.
+        farewells: per (tag of a group, peer that gave up in it) the ranks it missed.
     """
 
     def __init__(self, comm: MPI.Comm) -> None:
@@ -41,7 +42,7 @@ class _Shared:
             others = [rank for rank in range(comm.Get_size()) if rank != comm.Get_rank()]
             raise CommTimeout("make_group", others, limit.timeout, "duplicating the communicator")
         self.next_tag = _FIRST_TAG
-        self.farewells: set[int] = set()
+        self.farewells: dict[tuple[int, int], set[int]] = {}
 
 
 _keyval: int | None = None
@@ -80,29 +81,48 @@ class MpiGroup(Group):
             pending += [(peer, comm.Irecv(piece, peer, self._tag)) for piece in _pieces(recv[peer])]
             pending += [(peer, comm.Isend(piece, peer, self._tag)) for piece in _pieces(send[peer])]
         requests = [request for _, request in pending]
-        self._unfinished.append((send, recv, pending))
-        if _poll(lambda: MPI.Request.Testall(requests), limit):
+        self._unfinished.append((send, recv, requests))
+        finished = False
+
+        def is_over() -> bool:
+            nonlocal finished
+            finished = MPI.Request.Testall(requests)
+            return finished or self._has_farewells()
+
+        _poll(is_over, limit)
+        if finished:
             self._unfinished.pop()
             return
-        # Testall, unlike Test, says nothing about single requests and leaves them all alive.
-        late = {peer for peer, request in pending if not request.Test()}
-        self._say_farewell()
-        self._hear_farewells()
-        missing = late - self._shared.farewells
-        if missing:
-            raise CommTimeout(op, sorted(missing), limit.timeout)
-        raise CommTimeout(op, sorted(late), limit.timeout, "they gave up waiting earlier")
+        # Testall, unlike Test, leaves single requests alive until all are done.
+        error = self._verdict({peer for peer, request in pending if not request.Test()}, op, limit)
+        self._say_farewell(error.missing_ranks)
+        raise error
 
-    def _say_farewell(self) -> None:
+    def _has_farewells(self) -> bool:
+        comm, status = self._shared.comm, MPI.Status()
+        while comm.Iprobe(MPI.ANY_SOURCE, _FAREWELL_TAG, status):
+            message = np.empty(1 + self.num_ranks, dtype=np.int64)
+            comm.Recv(message, status.Get_source(), _FAREWELL_TAG)
+            self._shared.farewells[int(message[0]), status.Get_source()] = set(np.flatnonzero(message[1:]).tolist())
+        return any(tag == self._tag for tag, _ in self._shared.farewells)
+
+    def _verdict(self, late: set[int], op: str, limit: Limit) -> CommTimeout:
+        left = {peer: missed for (tag, peer), missed in self._shared.farewells.items() if tag == self._tag}
+        missing = set().union(*left.values()) - {self.rank}
+        if missing:
+            return CommTimeout(op, sorted(missing), limit.timeout, "as a peer says, which has given up")
+        if left:
+            return CommTimeout(op, sorted(left), limit.timeout, "they have given up waiting for this rank")
+        return CommTimeout(op, sorted(late), limit.timeout)
+
+    def _say_farewell(self, missing: Iterable[int]) -> None:
+        message = np.zeros(1 + self.num_ranks, dtype=np.int64)
+        message[0] = self._tag
+        message[[1 + rank for rank in missing]] = 1
         for peer in range(self.num_ranks):
             if peer != self.rank:
-                self._unfinished.append(self._shared.comm.Isend([None, 0, MPI.BYTE], peer, _FAREWELL_TAG))
-
-    def _hear_farewells(self) -> None:
-        status = MPI.Status()
-        while self._shared.comm.Iprobe(MPI.ANY_SOURCE, _FAREWELL_TAG, status):
-            self._shared.comm.Recv([None, 0, MPI.BYTE], status.Get_source(), _FAREWELL_TAG)
-            self._shared.farewells.add(status.Get_source())
+                request = self._shared.comm.Isend(message, peer, _FAREWELL_TAG)
+                self._unfinished.append((message, request))
 
 
 def _shared_of(comm: MPI.Comm) -> _Shared:
