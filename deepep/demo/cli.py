@@ -58,7 +58,7 @@ def _run(chosen: argparse.Namespace) -> int:
         report.plot(chosen.plot, options, outcomes, alone)
         print(f"plot: {chosen.plot}")
     print(f"{time.monotonic() - started:.0f} s in all")
-    return int(report.largest_difference(outcomes[0], alone) > report.TOLERANCE)
+    return int(not report.agrees(options, outcomes[0], alone))
 
 
 def _parser() -> argparse.ArgumentParser:

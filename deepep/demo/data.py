@@ -12,7 +12,7 @@ _TEST_FRACTION = 0.2
 
 
 class Images(NamedTuple):
-    """Pixels [n, 64] float32 in [0, 1] and digits [n] int64."""
+    """Pixels [n, 64] float64 in [0, 1] and digits [n] int64."""
 
     pixels: torch.Tensor
     digits: torch.Tensor
@@ -30,7 +30,7 @@ def load(seed: int, device: str) -> Digits:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    pixels = torch.from_numpy(bunch.data).float() / _MAX_GREY
+    pixels = torch.from_numpy(bunch.data).double() / _MAX_GREY
     digits = torch.from_numpy(bunch.target).to(torch.int64)
     order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(seed))
     held_out = round(_TEST_FRACTION * len(digits))

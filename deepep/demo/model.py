@@ -1,4 +1,9 @@
-"""The classifier: a dense layer, a router, experts of which this process holds some, and a dense layer on top."""
+"""The classifier: a dense layer, a router, experts of which this process holds some, and a dense layer on top.
+
+Tokens and experts are float32, the rest is float64. A router's choice jumps where two experts are almost tied, so that
+one rounding more can lead training elsewhere. In float64, sums over ranks instead of over a whole batch differ so
+little that the float32 tokens, and with them all choices, come out the same.
+"""
 
 from __future__ import annotations
 
@@ -57,29 +62,27 @@ class Classifier(nn.Module):
     def __init__(self, options: Options, share: range, buffer: Buffer | None = None) -> None:
         super().__init__()
         torch.manual_seed(options.seed)
-        self.embed = nn.Linear(NUM_PIXELS, options.hidden)
-        self.router = nn.Linear(options.hidden, options.num_experts)
-        self.head = nn.Linear(options.hidden, NUM_CLASSES)
+        self.embed = nn.Linear(NUM_PIXELS, options.hidden, dtype=torch.float64)
+        self.router = nn.Linear(options.hidden, options.num_experts, dtype=torch.float64)
+        self.head = nn.Linear(options.hidden, NUM_CLASSES, dtype=torch.float64)
         self.experts = Experts(options, share)
         self.options = options
         self.buffer = buffer
         self.digest = hashlib.sha256() if options.is_digested else None
 
     def forward(self, pixels: torch.Tensor) -> Output:
-        """Classify [T, 64] pixels; collective where there is a buffer."""
+        """Classify [T, 64] float64 pixels; collective where there is a buffer."""
         hidden = functional.relu(self.embed(pixels))
         probabilities = self.router(hidden).softmax(dim=1)
         chosen, topk_idx = probabilities.topk(self.options.num_topk, dim=1)
         weights = chosen / chosen.sum(dim=1, keepdim=True)
-        mixed = self._here(hidden, topk_idx, weights) if self.buffer is None else self._spread(hidden, topk_idx, weights)
+        mix = self.experts if self.buffer is None else self._spread
+        mixed = mix(hidden.float(), topk_idx, weights.float())
         return Output(self.head(hidden + mixed), probabilities, topk_idx)
 
     def dense_parameters(self) -> list[nn.Parameter]:
         """What every rank holds alike; each expert has one owner, to whom all its gradients come by themselves."""
         return [*self.embed.parameters(), *self.router.parameters(), *self.head.parameters()]
-
-    def _here(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-        return self.experts(x, topk_idx, topk_weights)
 
     def _spread(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         if self.buffer is None:

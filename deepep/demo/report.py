@@ -7,9 +7,20 @@ from pathlib import Path
 from deepep.demo.options import Options
 from deepep.demo.train import Outcome
 
-# Sums over ranks round differently from sums over a whole batch, by some 1e-7 of a loss per step; training may amplify
-# that a little. Anything above this would be a wrong row somewhere.
-TOLERANCE = 1e-4
+
+
+def tolerance(options: Options) -> float:
+    """Say how far the loss curves may be apart.
+
+    Sums over ranks and over a whole batch differ by float64 roundings. From three experts per token on, the float32
+    sums over experts are in another order, too, and may now and then turn a router's choice.
+    """
+    return 1e-9 if options.num_topk <= 2 else 1e-2
+
+
+def agrees(options: Options, outcome: Outcome, alone: Outcome) -> bool:
+    """Say whether the loss curve of the ranks is that of the single process."""
+    return largest_difference(outcome, alone) <= tolerance(options)
 
 
 def largest_difference(outcome: Outcome, alone: Outcome) -> float:
@@ -22,8 +33,8 @@ def text(options: Options, outcomes: list[Outcome], alone: Outcome) -> str:
     first = outcomes[0]
     difference, num_steps = largest_difference(first, alone), len(first.losses)
     lines = [
-        f"backend {first.backend}, {options.device}, {len(outcomes)} ranks, {options.num_experts} experts, "
-        f"top-{options.num_topk}, seed {options.seed}",
+        f"backend {first.backend}, {options.device}, {len(outcomes)} ranks on {first.num_hosts} host(s), "
+        f"{options.num_experts} experts, top-{options.num_topk}, seed {options.seed}",
         f"loss: {first.losses[0]:.4f} -> {first.losses[-1]:.4f} in {num_steps} steps",
         f"test accuracy: {100 * first.accuracy:.1f} %",
         "",
@@ -35,11 +46,11 @@ def text(options: Options, outcomes: list[Outcome], alone: Outcome) -> str:
         lines.append(f"{rank:4}  {owned:>7}  {outcome.num_rows:11,}  {outcome.num_bytes / 1e6:9.2f}")
     lines += ["(rows that left their rank, there and back, in training and test)", "", "load of each expert, last epoch:"]
     lines += _bars(first.expert_load)
-    verdict = "equals" if difference <= TOLERANCE else "DIFFERS from"
+    verdict = "equals" if agrees(options, first, alone) else "DIFFERS from"
     lines += [
         "",
         f"loss curve {verdict} the one of a single process without communication: "
-        f"largest difference {difference:.1e} over {num_steps} steps (tolerance {TOLERANCE:.0e})",
+        f"largest difference {difference:.1e} over {num_steps} steps (tolerance {tolerance(options):.0e})",
         f"test accuracy of the single process: {100 * alone.accuracy:.1f} %",
     ]
     lines += [f"rank {rank} rows {outcome.digest}" for rank, outcome in enumerate(outcomes) if outcome.digest]

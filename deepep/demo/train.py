@@ -27,6 +27,7 @@ class Outcome:
         accuracy: on the held-out digits, of all ranks together.
         expert_load: tokens each of the E experts got in the last epoch.
         backend: that moved the rows.
+        num_hosts: that the ranks are on.
         num_rows: rows sent to other ranks.
         num_bytes: bytes of them.
         digest: of all rows received and combined, where asked for.
@@ -36,6 +37,7 @@ class Outcome:
     accuracy: float = 0.0
     expert_load: list[int] = field(default_factory=list)
     backend: str = "none"
+    num_hosts: int = 1
     num_rows: int = 0
     num_bytes: int = 0
     digest: str = ""
@@ -67,7 +69,7 @@ def run_rank(group: Group, options: Options) -> Outcome:
     share = options.experts_of(group.rank, group.num_ranks)
     buffer = Buffer(group, backend=options.backend)
     outcome = train(options, Peers(group), share, buffer, with_bar=group.rank == 0)
-    outcome.backend = buffer.backend
+    outcome.backend, outcome.num_hosts = buffer.backend, len(set(buffer.topology.hosts))
     outcome.num_rows, outcome.num_bytes = buffer.traffic["num_rows"], buffer.traffic["num_bytes"]
     buffer.destroy()
     return outcome
