@@ -26,6 +26,7 @@ from deepep.validate import (
     check_tensor,
     check_topk,
     check_weights,
+    describe,
     split_payload,
     values_are_checked,
 )
@@ -140,9 +141,10 @@ class Buffer(LowLatencyMixin, Front):
         raw = self._alive("get_local_buffer_tensor").local_buffer(use_rdma_buffer)
         whole = (raw.numel() - offset) // dtype.itemsize
         num_elements = whole if size is None else torch.Size(size).numel()
-        if not 0 <= offset <= raw.numel() or num_elements > whole:
+        if not 0 <= offset <= raw.numel() or num_elements > whole or offset % dtype.itemsize:
             raise InvalidArgument(
-                f"get_local_buffer_tensor: {num_elements} x {dtype} from byte {offset} do not fit {raw.numel()} bytes"
+                f"get_local_buffer_tensor: {num_elements} x {dtype} from byte {offset} do not fit {raw.numel()} bytes, "
+                f"or {offset} is not a multiple of {dtype.itemsize}"
             )
         flat = raw[offset : offset + num_elements * dtype.itemsize].view(dtype)
         return flat if size is None else flat.view(size)
@@ -296,7 +298,7 @@ class Buffer(LowLatencyMixin, Front):
             if x.dtype not in COMBINE_DTYPES:
                 raise InvalidArgument(f"{op}: x is {x.dtype}; sums are over bfloat16, float16 or float32")
             if topk_weights is not None:
-                check_weights(op, topk_weights, (x.shape[0], topk_weights.shape[-1]))
+                check_weights(op, topk_weights, (x.shape[0], _num_topk(routing, topk_weights)), x.device)
             biases = check_bias(op, bias, x, routing.dst_rank.shape[0])
             request = CombineRequest(x, routing, topk_weights, bias=biases, num_sms=_num_sms(config))
         result, event = self._combine(op, request, async_finish, previous_event)
@@ -327,7 +329,11 @@ class Buffer(LowLatencyMixin, Front):
                 f"{op}: without a handle, num_tokens_per_expert and one of topk_idx and is_token_in_rank are needed; "
                 "pass what get_dispatch_layout returned"
             )
-        num_experts = num_tokens_per_expert.numel()
+        num_experts = num_tokens_per_expert.numel() if isinstance(num_tokens_per_expert, torch.Tensor) else 0
+        if num_experts == 0:
+            raise InvalidArgument(
+                f"{op}: num_tokens_per_expert is {describe(num_tokens_per_expert)}; it must be an int32 tensor [E]"
+            )
         check_experts(op, num_experts, self.group_size)
         check_tensor(op, "num_tokens_per_expert", num_tokens_per_expert, torch.int32, (num_experts,), x.device)
         shape = (x.shape[0], self.group_size)
@@ -337,12 +343,20 @@ class Buffer(LowLatencyMixin, Front):
             if topk_weights is not None:
                 raise InvalidArgument(f"{op}: topk_weights without topk_idx; pass both or neither")
             return num_experts
-        check_topk(op, topk_idx, topk_weights, x.shape[0], num_experts, self._alive(op).capabilities().max_topk)
+        max_topk = self._alive(op).capabilities().max_topk
+        check_topk(op, topk_idx, topk_weights, x.shape[0], num_experts, max_topk, x.device)
         if is_token_in_rank is not None and values_are_checked(topk_idx):
             implied = token_in_rank(topk_ranks(topk_idx, num_experts // self.group_size), self.group_size)
             if not torch.equal(implied, is_token_in_rank):
                 raise InvalidArgument(f"{op}: is_token_in_rank does not follow from topk_idx; use get_dispatch_layout")
         return num_experts
+
+
+def _num_topk(routing: Routing, topk_weights: torch.Tensor) -> int:
+    """Give the K that weights must have: the dispatch's, or their own where it had none."""
+    if routing.topk_idx is not None:
+        return routing.topk_idx.shape[1]
+    return topk_weights.shape[-1] if isinstance(topk_weights, torch.Tensor) and topk_weights.dim() else 0
 
 
 def _num_sms(config: Config | None) -> int:

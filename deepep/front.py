@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -55,20 +56,17 @@ class Front:
         self._backend: Backend | None = None
         self._owner = next(_owner_numbers)
         self._comm_stream = CommStream()
-        self.timeout = env.timeout() if timeout is None else float(timeout)
-        if not self.timeout > 0:
-            raise InvalidArgument(f"timeout is {timeout!r}; it must be a positive number of seconds")
+        # A wrong limit is reported with the rest, when the ranks agree, so that none waits for one that has left.
+        self.timeout = float(timeout) if timeout is not None and timeout > 0 else env.timeout()
         self._group = make_group(group, comm)
         self.group = self._group.raw
         self.rank = self._group.rank
         self.group_size = self._group.num_ranks
         on_cuda = torch.cuda.is_available()
-        self.topology = topology or Topology.discover(self._group, use_cuda=on_cuda, timeout=self.timeout)
-        if self.topology.num_ranks != self.group_size:
-            raise InvalidArgument(
-                f"topology describes {self.topology.num_ranks} ranks and the group has {self.group_size}"
-            )
-        chosen = self._agree_on_backend(registry.requested(backend), on_cuda, options)
+        # Asked for even where it was given: only so do ranks find out that others were given none.
+        found = Topology.discover(self._group, use_cuda=on_cuda, timeout=self.timeout)
+        self.topology = topology or found
+        chosen = self._agree_on_backend(registry.requested(backend), on_cuda, timeout, options)
         self._capabilities = chosen.capabilities()
         self._backend = chosen(self._group, self.topology, BackendOptions(timeout=self.timeout, **options))
 
@@ -93,10 +91,13 @@ class Front:
         """Give the stream that asynchronous calls of this buffer run on; `UnsupportedOperation` without a GPU."""
         return self._comm_stream.get()
 
-    def _agree_on_backend(self, wanted: str, on_cuda: bool, options: dict[str, Any]) -> type[Backend]:
+    def _agree_on_backend(
+        self, wanted: str, on_cuda: bool, timeout: float | None, options: dict[str, Any]
+    ) -> type[Backend]:
         """Choose on every rank, then compare, so that all ranks build the same backend or raise the same error."""
         chosen, failure = None, ""
         try:
+            self._check_construction(timeout, options)
             chosen = registry.select(wanted, self.topology, on_cuda=on_cuda)
         except (BackendUnavailable, InvalidArgument) as error:
             failure = f"{type(error).__name__}: {error}"
@@ -113,6 +114,17 @@ class Front:
         if chosen is None:
             raise BackendUnavailable(failure)
         return chosen
+
+    def _check_construction(self, timeout: float | None, options: dict[str, Any]) -> None:
+        if timeout is not None and not timeout > 0:
+            raise InvalidArgument(f"timeout is {timeout!r}; it must be a positive number of seconds")
+        if self.topology.num_ranks != self.group_size:
+            raise InvalidArgument(
+                f"topology describes {self.topology.num_ranks} ranks and the group has {self.group_size}"
+            )
+        for name, value in options.items():
+            if not isinstance(value, Integral) or int(value) < 0:
+                raise InvalidArgument(f"{name} is {value!r}; it must be a whole number, at least 0")
 
     def _alive(self, op: str) -> Backend:
         if self._backend is None:

@@ -93,7 +93,8 @@ class LowLatencyMixin(_Base):
                     f"{op}: x has T = {x.shape[0]} tokens; num_max_dispatch_tokens_per_rank allows {max_tokens}"
                 )
             check_experts(op, num_experts, self.group_size)
-            check_topk(op, topk_idx, topk_weights, x.shape[0], num_experts, backend.capabilities().max_topk)
+            max_topk = backend.capabilities().max_topk
+            check_topk(op, topk_idx, topk_weights, x.shape[0], num_experts, max_topk, x.device)
             num_local = num_experts // self.group_size
             if cumulative_local_expert_recv_stats is not None:
                 check_tensor(
@@ -161,7 +162,8 @@ class LowLatencyMixin(_Base):
                 raise InvalidArgument(f"{op}: x must be contiguous")
             if zero_copy and use_logfmt:
                 raise InvalidArgument(f"{op}: zero_copy and use_logfmt exclude each other")
-            check_topk(op, topk_idx, topk_weights, num_tokens, routing.num_experts, backend.capabilities().max_topk)
+            max_topk = backend.capabilities().max_topk
+            check_topk(op, topk_idx, topk_weights, num_tokens, routing.num_experts, max_topk, x.device)
             if topk_weights is None:
                 raise InvalidArgument(f"{op}: topk_weights is needed")
             if out is not None:
@@ -229,6 +231,8 @@ def _sf_format(op: str, hidden: int, use_fp8: bool, round_scale: bool, use_ue8m0
         if round_scale or use_ue8m0:
             raise InvalidArgument(f"{op}: round_scale and use_ue8m0 need use_fp8=True")
         return None
+    if use_ue8m0 and not round_scale:
+        raise InvalidArgument(f"{op}: use_ue8m0 needs round_scale=True, since exponents alone hold only powers of two")
     sf_format = SfFormat.from_flags(round_scale, use_ue8m0)
     if hidden % sf_format.hidden_multiple:
         raise InvalidArgument(

@@ -37,7 +37,7 @@ def split_payload(op: str, x: Payload) -> tuple[torch.Tensor, torch.Tensor | Non
 
 def check_rows(op: str, name: str, x: torch.Tensor, num_rows: int | None = None) -> None:
     """Check a contiguous [rows, H] payload whose rows are a multiple of 16 bytes."""
-    if x.dim() != 2 or not x.is_contiguous():
+    if not isinstance(x, torch.Tensor) or x.dim() != 2 or not x.is_contiguous():
         raise InvalidArgument(f"{op}: {name} is {describe(x)}; it must be a contiguous [rows, H] tensor")
     if num_rows is not None and x.shape[0] != num_rows:
         raise InvalidArgument(f"{op}: {name} has {x.shape[0]} rows; the handle's dispatch has {num_rows}")
@@ -59,7 +59,7 @@ def check_experts(op: str, num_experts: int, num_ranks: int) -> None:
 
 def check_topk(
     op: str, topk_idx: torch.Tensor, topk_weights: torch.Tensor | None, num_tokens: int | None, num_experts: int,
-    max_topk: int,
+    max_topk: int, device: torch.device | None = None,
 ) -> None:  # fmt: skip
     """Check `topk_idx` [T, K] int64 and `topk_weights` [T, K] float32.
 
@@ -70,12 +70,14 @@ def check_topk(
         raise InvalidArgument(f"{op}: topk_idx is {describe(topk_idx)}; it must be a contiguous [T, K] tensor")
     if topk_idx.dtype != topk_idx_t:
         raise InvalidArgument(f"{op}: topk_idx is {topk_idx.dtype}; it must be {topk_idx_t} (deepep.topk_idx_t)")
+    if device is not None and topk_idx.device != device:
+        raise InvalidArgument(f"{op}: topk_idx is on {topk_idx.device} and x on {device}; they must be on one device")
     if num_tokens is not None and topk_idx.shape[0] != num_tokens:
         raise InvalidArgument(f"{op}: topk_idx has {topk_idx.shape[0]} rows and x has {num_tokens}; they must agree")
     if not 1 <= topk_idx.shape[1] <= max_topk:
         raise InvalidArgument(f"{op}: topk_idx has K = {topk_idx.shape[1]} columns; 1 to {max_topk} are allowed")
     if topk_weights is not None:
-        check_weights(op, topk_weights, tuple(topk_idx.shape))
+        check_weights(op, topk_weights, tuple(topk_idx.shape), topk_idx.device)
     if values_are_checked(topk_idx):
         _check_topk_values(op, topk_idx, num_experts)
 
@@ -85,16 +87,19 @@ def values_are_checked(tensor: torch.Tensor) -> bool:
     return not tensor.is_cuda or (env.debug() and not torch.cuda.is_current_stream_capturing())
 
 
-def check_weights(op: str, topk_weights: torch.Tensor, shape: tuple[int, ...]) -> None:
-    """Check contiguous float32 weights of a given shape."""
+def check_weights(
+    op: str, topk_weights: torch.Tensor, shape: tuple[int, ...], device: torch.device | None = None
+) -> None:
+    """Check contiguous float32 weights of a given shape and (where given) device."""
     if (
         not isinstance(topk_weights, torch.Tensor)
         or topk_weights.dtype != torch.float32
         or tuple(topk_weights.shape) != shape
         or not topk_weights.is_contiguous()
+        or (device is not None and topk_weights.device != device)
     ):
         raise InvalidArgument(
-            f"{op}: topk_weights is {describe(topk_weights)}; it must be contiguous float32 {list(shape)}"
+            f"{op}: topk_weights is {describe(topk_weights)}; it must be contiguous float32 {list(shape)}{_on(device)}"
         )
 
 
@@ -109,9 +114,14 @@ def check_bias(
         raise InvalidArgument(f"{op}: bias has {len(given)} tensors; none, one or two are allowed")
     wanted = (num_tokens, like.shape[-1])
     for tensor in given:
-        if tuple(tensor.shape) != wanted or tensor.dtype != like.dtype or not tensor.is_contiguous():
+        if (
+            not isinstance(tensor, torch.Tensor)
+            or tuple(tensor.shape) != wanted
+            or (tensor.dtype, tensor.device) != (like.dtype, like.device)
+            or not tensor.is_contiguous()
+        ):
             raise InvalidArgument(
-                f"{op}: bias is {describe(tensor)}; it must be contiguous {like.dtype} {list(wanted)}"
+                f"{op}: bias is {describe(tensor)}; it must be contiguous {like.dtype} {list(wanted)} on {like.device}"
             )
     return given
 
@@ -126,8 +136,11 @@ def check_tensor(
         or tuple(tensor.shape) != shape
         or (device is not None and tensor.device != device)
     ):
-        where = f" on {device}" if device is not None else ""
-        raise InvalidArgument(f"{op}: {name} is {describe(tensor)}; it must be {dtype} {list(shape)}{where}")
+        raise InvalidArgument(f"{op}: {name} is {describe(tensor)}; it must be {dtype} {list(shape)}{_on(device)}")
+
+
+def _on(device: torch.device | None) -> str:
+    return "" if device is None else f" on {device}"
 
 
 def describe(value: object) -> str:

@@ -51,7 +51,7 @@ def load(name: str) -> type[Backend]:
 
     Raises:
         InvalidArgument: no backend has this name.
-        BackendUnavailable: its module cannot be imported.
+        BackendUnavailable: its module cannot be imported, whatever it is that fails there.
     """
     target = _BUILT_IN.get(name)
     try:
@@ -61,9 +61,9 @@ def load(name: str) -> type[Backend]:
         for point in _plugins():
             if point.name == name:
                 return point.load()
-    except ImportError as error:
+    except Exception as error:  # what other people's modules raise when imported is their choice
         raise BackendUnavailable(f"backend '{name}' cannot be imported: {error}") from error
-    raise InvalidArgument(f"backend '{name}' is unknown; known are {', '.join(names())} and auto")
+    raise _unknown(name)
 
 
 def probe(name: str, topology: Topology | None = None) -> BackendStatus:
@@ -72,9 +72,12 @@ def probe(name: str, topology: Topology | None = None) -> BackendStatus:
         backend = load(name)
     except (BackendUnavailable, InvalidArgument) as error:
         return BackendStatus(name, Availability(False, str(error.__cause__ or error), ""))
-    availability = backend.probe()
-    if availability.ok and topology is not None:
-        availability = backend.probe_topology(topology)
+    try:
+        availability = backend.probe()
+        if availability.ok and topology is not None:
+            availability = backend.probe_topology(topology)
+    except Exception as error:  # noqa: BLE001  a probe must not raise, and one that does must not spoil the table
+        availability = Availability(False, f"its probe failed with {type(error).__name__}: {error}")
     return BackendStatus(name, availability)
 
 
@@ -92,9 +95,12 @@ def select(backend: str, topology: Topology, *, on_cuda: bool) -> type[Backend]:
         on_cuda: whether the ranks have GPUs; without them only CPU backends are considered by "auto".
 
     Raises:
+        InvalidArgument: no backend has this name.
         BackendUnavailable: the named backend, or every candidate, cannot run; one line for each known backend.
     """
     if backend != "auto":
+        if backend not in names():
+            raise _unknown(backend)
         status = probe(backend, topology)
         if not status.availability.ok:
             raise BackendUnavailable(f"backend '{backend}' was asked for but cannot run here.\n{explain(topology)}")
@@ -125,6 +131,10 @@ def backends_with(op: str) -> list[str]:
         if getattr(backend, op, None) is not getattr(Backend, op, None):
             found.append(name)
     return found
+
+
+def _unknown(name: str) -> InvalidArgument:
+    return InvalidArgument(f"backend '{name}' is unknown; known are {', '.join(names())} and auto")
 
 
 def _plugins() -> list[importlib.metadata.EntryPoint]:
