@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 ENTRY_POINT_GROUP = "deepep.backends"
 
+# nvshmem has its place in the order already; its module comes with a later version.
 _BUILT_IN = {
     "nvshmem": "deepep.backends.nvshmem.backend:NvshmemBackend",
     "ipc": "deepep.backends.ipc.backend:IpcBackend",
@@ -71,7 +72,7 @@ def probe(name: str, topology: Topology | None = None) -> BackendStatus:
     try:
         backend = load(name)
     except (BackendUnavailable, InvalidArgument) as error:
-        return BackendStatus(name, Availability(False, str(error.__cause__ or error), ""))
+        return BackendStatus(name, _why_not_imported(name, error))
     try:
         availability = backend.probe()
         if availability.ok and topology is not None:
@@ -135,6 +136,14 @@ def backends_with(op: str) -> list[str]:
 
 def _unknown(name: str) -> InvalidArgument:
     return InvalidArgument(f"backend '{name}' is unknown; known are {', '.join(names())} and auto")
+
+
+def _why_not_imported(name: str, error: Exception) -> Availability:
+    module = _BUILT_IN.get(name, "").partition(":")[0]
+    cause = error.__cause__
+    if isinstance(cause, ModuleNotFoundError) and cause.name and module.startswith(cause.name):
+        return Availability(False, "not part of this version", "use ipc on one host, reference across hosts")
+    return Availability(False, str(cause or error))
 
 
 def _plugins() -> list[importlib.metadata.EntryPoint]:
