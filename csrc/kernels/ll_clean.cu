@@ -31,17 +31,16 @@ __device__ void barrier(const LlCleanArgs& args, const LlCall& call) {
 extern "C" __global__ void __launch_bounds__(deepep::kLlThreads)
     ll_clean_kernel(const __grid_constant__ deepep::LlCleanArgs args) {
     using namespace deepep;
-    LlCall call(args.common, kLlClean);
+    __shared__ LlShared shared;
+    LlCall call(args.common, kLlClean, shared);
+    __syncthreads();
     if (args.is_barrier) barrier(args, call);
     for (uint32_t bank = 0; bank < kLlBanks; ++bank) {
         uint64_t* words =
             reinterpret_cast<uint64_t*>(call.transport.local(args.words_offset + bank * args.common.window.bank_stride));
         for (uint64_t i = threadIdx.x; i < args.num_words; i += kLlThreads) words[i] = 0;
     }
-    if (threadIdx.x < 2) {
-        call.state->epoch[threadIdx.x] = 0;
-        call.state->num_sent[threadIdx.x] = 0;
-        call.state->num_received[threadIdx.x] = 0;
-    }
+    uint32_t* counters = call.state->epoch;
+    if (counters + threadIdx.x < call.state->mask) counters[threadIdx.x] = 0;
     if (args.is_barrier) barrier(args, call);
 }

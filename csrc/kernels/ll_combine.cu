@@ -1,6 +1,6 @@
 // Low-latency combine: the owner of a token's experts weighs and sums their rows, rounds once and pushes one row to the
-// token's home (or, per copy, pushes every row as it is); the home adds up what arrives in the contract's order. Weights
-// came with dispatch or, if not, are pushed to the owners first.
+// token's home (or, per copy, pushes every row as it is); the home adds up what arrives in the contract's order, its own
+// rows straight from where they lie. Weights came with dispatch or, if not, are pushed to the owners first.
 #include <deepep/ll_common.cuh>
 #include <deepep/quant.cuh>
 
@@ -9,9 +9,11 @@ namespace {
 
 constexpr uint32_t kTermsAtOnce = 4;  // rows of which a thread holds a vector at the same time
 
-// The rows that add up to one row, by top-k position, and which positions there are.
+// The rows that add up to one row, by top-k position, which positions count, and which there are at all: a rank whose
+// positions are all left out owes the home a row of zeros nevertheless.
 struct Terms {
     uint32_t valid[2];
+    uint32_t owes[2];
     int32_t row[kLlMaxTopk];
     float weight[kLlMaxTopk];
     __device__ uint64_t bits() const { return static_cast<uint64_t>(valid[1]) << 32 | valid[0]; }
@@ -67,8 +69,8 @@ __device__ void send_weights(const LlCombineArgs& args, const LlCall& call) {
     const uint32_t num_choices = args.common.num_tokens * shape.num_topk;
     for (uint32_t i = blockIdx.x * kLlThreads + threadIdx.x; i < num_choices; i += gridDim.x * kLlThreads) {
         const int32_t expert = pointer<const int32_t>(args.common.home_topk)[i];
-        if (expert < 0) continue;
         const uint32_t owner = expert / shape.num_local_experts;
+        if (expert < 0 || owner == shape.rank) continue;
         const bool is_left_out = pointer<const int64_t>(args.topk_idx)[i] < 0;
         const uint32_t weight = is_left_out ? kSkippedWeight : pointer<const uint32_t>(args.topk_weights)[i];
         const uint64_t index = static_cast<uint64_t>(shape.rank) * shape.num_max_tokens * shape.num_topk + i;
@@ -76,39 +78,52 @@ __device__ void send_weights(const LlCombineArgs& args, const LlCall& call) {
     }
 }
 
+// Whether a rank's sums for its own tokens stay in registers: not between two launches, where x may change.
+__device__ __forceinline__ bool keeps_own(const LlCombineArgs& args) {
+    return !args.is_per_copy && args.common.phases == (kLlSend | kLlRecv);
+}
+
+// Where a rank's weights of one token come from.
+enum class Weights : uint32_t { kNone, kSentAhead, kSentNow, kOwn };
+
 // By the first threads of a team: find the rows here of one token of `source`, and their weights.
 __device__ void list_terms(const LlCombineArgs& args, const LlCall& call, const Team& team, uint32_t source,
-                           uint64_t index, bool has_weights, Terms& terms) {
-    const uint32_t num_topk = args.common.shape.num_topk, k = team.thread;
+                           uint64_t index, Weights from, Terms& terms) {
+    const LlShape& shape = args.common.shape;
+    const uint32_t num_topk = shape.num_topk, k = team.thread;
     if (k >= kLlMaxTopk) return;
     const uint64_t choice = index * num_topk + k;
-    int32_t row = k < num_topk ? pointer<const int32_t>(args.common.routes)[choice] : -1;
+    int32_t row = -1;
     uint32_t weight = 0;
-    if (row >= 0 && !args.is_per_copy) {
-        if (has_weights) {
-            weight = pointer<const uint32_t>(args.common.route_weights)[choice];
-        } else if (!call.wait(source, call.own_word(args.common.window.weights, choice), weight)) {
-            weight = kSkippedWeight;
-        }
+    if (k < num_topk) {
+        row = pointer<const int32_t>(args.common.routes)[choice];
+        if (from == Weights::kSentAhead) weight = pointer<const uint32_t>(args.common.route_weights)[choice];
+    }
+    if (row >= 0 && from == Weights::kSentNow) {
+        if (!call.wait(source, call.own_word(args.common.window.weights, choice), weight)) weight = kSkippedWeight;
+    }
+    if (row >= 0 && from == Weights::kOwn) {
+        const uint64_t own = choice - static_cast<uint64_t>(shape.rank) * shape.num_max_tokens * num_topk;
+        const bool is_left_out = pointer<const int64_t>(args.topk_idx)[own] < 0;
+        weight = is_left_out ? kSkippedWeight : pointer<const uint32_t>(args.topk_weights)[own];
     }
     terms.row[k] = row;
     terms.weight[k] = __uint_as_float(weight);
+    const uint32_t owes = __ballot_sync(kFullMask, row >= 0);
+    if (lane_index() == 0) terms.owes[k / kWarpSize] = owes;
     set_valid(team, row >= 0 && weight != kSkippedWeight, terms);
 }
 
-// Whether this rank owes the home a row: its choices live here, even if all of them are left out now.
-__device__ bool has_rows(const LlCombineArgs& args, uint64_t index, uint32_t k) {
-    const uint32_t num_topk = args.common.shape.num_topk;
-    return k < num_topk && pointer<const int32_t>(args.common.routes)[index * num_topk + k] >= 0;
+// By the 16 lanes of a group.
+__device__ __noinline__ Vec16 cast_logfmt(const Vec16 value) {
+    return logfmt::roundtrip(value, 0xffffu << (lane_index() & 16));
 }
-
-__device__ __forceinline__ uint32_t group_lanes() { return 0xffffu << (lane_index() & 16); }
 
 __device__ void push_sum(const LlCombineArgs& args, const Team& team, const Terms& terms, Vec16* out) {
     const uint32_t row_vecs = args.common.shape.hidden / Bf16::kPerVec;
     for (uint32_t vec = team.thread; vec < row_vecs; vec += team.threads) {
         Vec16 sum = sum_terms<true>(terms, pointer<const Vec16>(args.x), row_vecs, vec);
-        if (args.use_logfmt) sum = logfmt::roundtrip(sum, group_lanes());
+        if (args.use_logfmt) sum = cast_logfmt(sum);
         out[vec] = sum;
     }
 }
@@ -121,49 +136,45 @@ __device__ void push_copies(const LlCombineArgs& args, const Team& team, const T
         const Vec16* in = pointer<const Vec16>(args.x) + static_cast<uint64_t>(terms.row[k]) * row_vecs;
         for (uint32_t vec = team.thread; vec < row_vecs; vec += team.threads) {
             Vec16 value = load_stream(in + vec);
-            if (args.use_logfmt) value = logfmt::roundtrip(value, group_lanes());
+            if (args.use_logfmt) value = cast_logfmt(value);
             out[static_cast<uint64_t>(k) * row_vecs + vec] = value;
         }
     }
 }
 
+// Push what this rank owes, to itself only where it does not keep it.
 __device__ void send(const LlCombineArgs& args, const LlCall& call) {
-    __shared__ uint32_t tokens_before[kLlMaxRanks + 1];
     __shared__ Terms listed[kLlMaxTeams][2];
-    __shared__ uint32_t owes[kLlMaxTeams][2];
+    __shared__ uint32_t headers[kLlMaxRanks];
     const LlCommon& common = args.common;
     const LlShape& shape = common.shape;
-    const uint32_t* sources = pointer<const uint32_t>(common.sources);
-    if (threadIdx.x < shape.num_ranks && !call.is_masked(threadIdx.x)) {
-        call.wait_credit(threadIdx.x, call.own_word(common.window.combine_credits, threadIdx.x));
-    }
-    if (threadIdx.x == 0) {
-        uint32_t sum = 0;
-        for (uint32_t rank = 0; rank <= shape.num_ranks; ++rank) {
-            tokens_before[rank] = sum;
-            if (rank < shape.num_ranks) sum += sources[rank] & ~kHasWeights;
-        }
-    }
-    __syncthreads();
+    if (threadIdx.x < shape.num_ranks) headers[threadIdx.x] = pointer<const uint32_t>(common.sources)[threadIdx.x];
     if (!args.has_sent_weights && !args.is_per_copy) send_weights(args, call);
+    __syncthreads();
+    uint32_t max_tokens = 0;
+    for (uint32_t rank = 0; rank < shape.num_ranks; ++rank) {
+        max_tokens = max_of(max_tokens, headers[rank] & ~kHasWeights);
+    }
     const Team team(common.team_threads);
     const uint32_t row_vecs = shape.hidden / Bf16::kPerVec;
-    uint32_t source = 0, turn = 0;
-    for (uint32_t item = team.global_index(); item < tokens_before[shape.num_ranks];
-         item += team.global_count(), turn ^= 1) {
-        while (item >= tokens_before[source + 1]) ++source;
-        if (call.is_masked(source)) continue;
-        const uint32_t token = item - tokens_before[source];
+    const uint32_t num_sources = keeps_own(args) ? shape.num_ranks - 1 : shape.num_ranks;
+    uint32_t turn = 0;
+    for (uint32_t item = team.global_index(); item < max_tokens * num_sources; item += team.global_count()) {
+        uint32_t source = item % num_sources;
+        const uint32_t token = item / num_sources;
+        if (keeps_own(args) && source >= shape.rank) ++source;
+        if (token >= (headers[source] & ~kHasWeights) || call.is_masked(source)) continue;
         const uint64_t index = static_cast<uint64_t>(source) * shape.num_max_tokens + token;
+        const bool is_ahead = (headers[source] & kHasWeights) != 0;
         Terms& terms = listed[team.index][turn];
-        if (team.thread < kWarpSize) {
-            const bool is_owing = __any_sync(kFullMask, has_rows(args, index, team.thread) ||
-                                                            has_rows(args, index, team.thread + kWarpSize));
-            if (team.thread == 0) owes[team.index][turn] = is_owing;
-        }
-        list_terms(args, call, team, source, index, (sources[source] & kHasWeights) != 0, terms);
+        turn ^= 1;
+        const Weights from = args.is_per_copy         ? Weights::kNone
+                             : is_ahead               ? Weights::kSentAhead
+                             : source == shape.rank   ? Weights::kOwn
+                                                      : Weights::kSentNow;
+        list_terms(args, call, team, source, index, from, terms);
         team.sync();
-        if (!owes[team.index][turn]) continue;
+        if ((terms.owes[0] | terms.owes[1]) == 0) continue;
         const uint64_t first = static_cast<uint64_t>(token) * shape.num_slots;
         Vec16* slots = reinterpret_cast<Vec16*>(
             call.transport.peer_ptr(source, common.window.combine_slots + call.bank)) + first * row_vecs;
@@ -174,29 +185,23 @@ __device__ void send(const LlCombineArgs& args, const LlCall& call) {
         }
         team.sync();
         if (team.thread >= kLlMaxTopk) continue;
-        const bool is_mine = args.is_per_copy ? (terms.bits() >> team.thread & 1) != 0 : team.thread == 0;
         fence_sys();
+        const bool is_mine = args.is_per_copy ? (terms.bits() >> team.thread & 1) != 0 : team.thread == 0;
         if (is_mine) {
-            const uint32_t slot = args.is_per_copy ? team.thread : shape.rank;
-            call.signal(source, common.window.arrived, first + slot, 1);
+            call.signal(source, common.window.arrived, first + (args.is_per_copy ? team.thread : shape.rank), 1);
         }
     }
 }
 
-// By the first threads of a team: wait for the rows of one token, and list where they are among its slots.
+// By the first threads of a team: wait for the rows of one token, and list where they are among its slots. `owners` are
+// the ranks of its choices.
 __device__ void await_terms(const LlCombineArgs& args, const LlCall& call, const Team& team, uint32_t token,
-                            int32_t* owners, Terms& terms) {
+                            const int32_t* owners, Terms& terms) {
     const LlShape& shape = args.common.shape;
     const uint32_t k = team.thread;
-    const uint64_t choice = static_cast<uint64_t>(token) * shape.num_topk + k;
-    int32_t owner = -1;
-    if (k < shape.num_topk) {
-        const int32_t expert = pointer<const int32_t>(args.common.home_topk)[choice];
-        owner = expert < 0 ? -1 : expert / static_cast<int32_t>(shape.num_local_experts);
-        owners[k] = owner;
-    }
-    team.sync();
     if (k >= kLlMaxTopk) return;
+    const uint64_t choice = static_cast<uint64_t>(token) * shape.num_topk + k;
+    const int32_t owner = k < shape.num_topk ? owners[k] : -1;
     bool is_valid = owner >= 0;
     if (args.is_per_copy) {
         is_valid = is_valid && pointer<const int64_t>(args.topk_idx)[choice] >= 0;
@@ -206,7 +211,7 @@ __device__ void await_terms(const LlCombineArgs& args, const LlCall& call, const
         for (uint32_t later = k + 1; is_valid && later < shape.num_topk; ++later) is_valid = owners[later] != owner;
         terms.row[k] = owner;
     }
-    if (is_valid) {
+    if (is_valid && !(keeps_own(args) && owner == static_cast<int32_t>(shape.rank))) {
         const uint64_t slot = static_cast<uint64_t>(token) * shape.num_slots + terms.row[k];
         uint32_t value;
         is_valid = !call.is_masked(owner) && call.wait(owner, call.own_word(args.common.window.arrived, slot), value);
@@ -214,25 +219,102 @@ __device__ void await_terms(const LlCombineArgs& args, const LlCall& call, const
     set_valid(team, is_valid, terms);
 }
 
-__device__ void receive(const LlCombineArgs& args, const LlCall& call) {
-    __shared__ Terms listed[kLlMaxTeams][2];
-    __shared__ int32_t owners[kLlMaxTeams][kLlMaxTopk];
-    const LlCommon& common = args.common;
-    const LlShape& shape = common.shape;
-    const Team team(common.team_threads);
-    const uint32_t row_vecs = shape.hidden / Bf16::kPerVec;
-    const Vec16* slots = reinterpret_cast<const Vec16*>(call.transport.local(common.window.combine_slots + call.bank));
-    uint32_t turn = 0;
-    for (uint32_t token = team.global_index(); token < common.num_tokens; token += team.global_count(), turn ^= 1) {
-        Terms& terms = listed[team.index][turn];
-        await_terms(args, call, team, token, owners[team.index], terms);
-        team.sync();
-        const Vec16* first = slots + static_cast<uint64_t>(token) * shape.num_slots * row_vecs;
-        Vec16* out = pointer<Vec16>(args.out) + static_cast<uint64_t>(token) * row_vecs;
-        for (uint32_t vec = team.thread; vec < row_vecs; vec += team.threads) {
-            out[vec] = args.is_per_copy ? sum_terms<true>(terms, first, row_vecs, vec)
-                                        : sum_terms<false>(terms, first, row_vecs, vec);
+// Sum vector `vec` of one row per rank, of which that of `rank` (-1: none) is `own`.
+__device__ __forceinline__ Vec16 sum_ranks(const Terms& terms, const Vec16* slots, uint32_t row_vecs, uint32_t vec,
+                                           int32_t rank, const Vec16& own) {
+    float sum[8] = {};
+    for (uint64_t left = terms.bits(); left != 0;) {
+        Vec16 held[kTermsAtOnce];
+        uint32_t count = 0;
+#pragma unroll
+        for (uint32_t i = 0; i < kTermsAtOnce; ++i) {
+            if (left == 0) break;
+            const int32_t owner = terms.row[pop_position(left)];
+            held[i] = owner == rank ? own : load_stream(slots + static_cast<uint64_t>(owner) * row_vecs + vec);
+            count = i + 1;
         }
+#pragma unroll
+        for (uint32_t i = 0; i < kTermsAtOnce; ++i) {
+            if (i >= count) break;
+            float values[8];
+            Bf16::unpack(held[i], values);
+#pragma unroll
+            for (int c = 0; c < 8; ++c) sum[c] = sum[c] + values[c];
+        }
+    }
+    return Bf16::pack(sum);
+}
+
+constexpr uint32_t kVecsAtOnce = 2;  // of this rank's own sum, per thread, made while others' rows are on their way
+
+// What a team knows of the token it adds up.
+struct Home {
+    int32_t owners[kLlMaxTopk];
+    Terms own, all;
+};
+
+__device__ void add_copies(const Team& team, const Home& home, const Vec16* slots, uint32_t row_vecs, Vec16* out) {
+    for (uint32_t vec = team.thread; vec < row_vecs; vec += team.threads) {
+        out[vec] = sum_terms<true>(home.all, slots, row_vecs, vec);
+    }
+}
+
+// The first vectors of this rank's own sum are made before the team waits for the others.
+__device__ void add_ranks(const LlCombineArgs& args, const LlCall& call, const Team& team, uint32_t token, Home& home,
+                          const Vec16* slots, uint32_t row_vecs, Vec16* out) {
+    const int32_t rank = keeps_own(args) ? static_cast<int32_t>(args.common.shape.rank) : -1;
+    for (uint32_t base = 0; base < row_vecs; base += kVecsAtOnce * team.threads) {
+        Vec16 own[kVecsAtOnce];
+#pragma unroll
+        for (uint32_t i = 0; i < kVecsAtOnce; ++i) {
+            const uint32_t vec = base + i * team.threads + team.thread;
+            if (rank < 0 || vec >= row_vecs) continue;
+            own[i] = sum_terms<true>(home.own, pointer<const Vec16>(args.x), row_vecs, vec);
+            if (args.use_logfmt) own[i] = cast_logfmt(own[i]);
+        }
+        if (base == 0) {
+            await_terms(args, call, team, token, home.owners, home.all);
+            team.sync();
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < kVecsAtOnce; ++i) {
+            const uint32_t vec = base + i * team.threads + team.thread;
+            if (vec < row_vecs) out[vec] = sum_ranks(home.all, slots, row_vecs, vec, rank, own[i]);
+        }
+    }
+}
+
+__device__ void add_up(const LlCombineArgs& args, const LlCall& call, const Team& team, uint32_t token, Home& home) {
+    const LlShape& shape = args.common.shape;
+    const uint32_t row_vecs = shape.hidden / Bf16::kPerVec;
+    const uint64_t index = static_cast<uint64_t>(shape.rank) * shape.num_max_tokens + token;
+    const Vec16* slots = reinterpret_cast<const Vec16*>(call.own_bytes(args.common.window.combine_slots)) +
+                         static_cast<uint64_t>(token) * shape.num_slots * row_vecs;
+    Vec16* out = pointer<Vec16>(args.out) + static_cast<uint64_t>(token) * row_vecs;
+    if (team.thread < shape.num_topk) {
+        const uint64_t choice = static_cast<uint64_t>(token) * shape.num_topk + team.thread;
+        const int32_t expert = pointer<const int32_t>(args.common.home_topk)[choice];
+        home.owners[team.thread] = expert < 0 ? -1 : expert / static_cast<int32_t>(shape.num_local_experts);
+    }
+    if (keeps_own(args)) list_terms(args, call, team, shape.rank, index, Weights::kOwn, home.own);
+    team.sync();
+    if (args.is_per_copy) {
+        await_terms(args, call, team, token, home.owners, home.all);
+        team.sync();
+        add_copies(team, home, slots, row_vecs, out);
+    } else {
+        add_ranks(args, call, team, token, home, slots, row_vecs, out);
+    }
+}
+
+__device__ void receive(const LlCombineArgs& args, const LlCall& call) {
+    __shared__ Home homes[kLlMaxTeams][2];
+    const Team team(args.common.team_threads);
+    uint32_t turn = 0;
+    // From the last team on, since the first ones have rows to send.
+    for (uint32_t token = team.global_count() - 1 - team.global_index(); token < args.common.num_tokens;
+         token += team.global_count(), turn ^= 1) {
+        add_up(args, call, team, token, homes[team.index][turn]);
     }
 }
 
@@ -242,8 +324,17 @@ __device__ void receive(const LlCombineArgs& args, const LlCall& call) {
 extern "C" __global__ void __launch_bounds__(deepep::kLlThreads, deepep::kLlBlocksPerSm)
     ll_combine_kernel(const __grid_constant__ deepep::LlCombineArgs args) {
     using namespace deepep;
-    LlCall call = LlCall::begin(args.common, kLlCombine, args.combine_epoch);
-    if (args.common.phases & kLlSend) send(args, call);
+    __shared__ LlShared shared;
+    const uint64_t credits = args.common.window.combine_credits;
+    LlCall call(args.common, kLlCombine, shared);
+    call.prepare(credits, args.combine_epoch);
+    call.begin(args.combine_epoch);
+    if (args.common.phases & kLlSend) {
+        if (blockIdx.x == gridDim.x - 1) call.publish_credits(credits);
+        call.await_credit(threadIdx.x, credits);
+        __syncthreads();
+        send(args, call);
+    }
     if (args.common.phases & kLlRecv) receive(args, call);
-    call.end(args.common.window.combine_credits);
+    call.end();
 }

@@ -94,16 +94,18 @@ __device__ void store_row(const LlDispatchArgs& args, uint32_t token, Held held,
     }
 }
 
-// Count how often each expert is chosen by tokens [0, end) of this rank.
-__device__ void count_experts(const LlDispatchArgs& args, uint32_t end, uint32_t* table) {
-    const LlShape& shape = args.common.shape;
+// Add how often each expert is chosen by tokens [begin, end) of this rank to `table`.
+__device__ void count_experts(const LlDispatchArgs& args, uint32_t begin, uint32_t end, uint32_t* table) {
+    const uint32_t num_topk = args.common.shape.num_topk;
     const int64_t* topk_idx = pointer<const int64_t>(args.topk_idx);
-    for (uint32_t i = threadIdx.x; i < shape.num_experts; i += kLlThreads) table[i] = 0;
-    __syncthreads();
-    for (uint32_t i = threadIdx.x; i < end * shape.num_topk; i += kLlThreads) {
+    for (uint32_t i = begin * num_topk + threadIdx.x; i < end * num_topk; i += kLlThreads) {
         const int64_t expert = topk_idx[i];
         if (expert >= 0) atomicAdd(&table[expert], 1);
     }
+}
+
+__device__ void clear(const LlDispatchArgs& args, uint32_t* table) {
+    for (uint32_t i = threadIdx.x; i < args.common.shape.num_experts; i += kLlThreads) table[i] = 0;
     __syncthreads();
 }
 
@@ -164,76 +166,99 @@ __device__ void address_token(const LlDispatchArgs& args, const LlCall& call, ui
     if (lane == 0) to.ranks = ranks, to.count = count;
 }
 
+// Tokens [begin, end) that a block sends. The last block publishes counts instead, where there are several.
+struct Range {
+    uint32_t begin, end;
+    bool is_publisher;
+    __device__ explicit Range(uint32_t num_tokens) : is_publisher(blockIdx.x == gridDim.x - 1) {
+        const uint32_t num_senders = max_of(gridDim.x - 1, 1u), per_block = ceil_div(num_tokens, num_senders);
+        begin = min_of(blockIdx.x * per_block, num_tokens);
+        end = blockIdx.x < num_senders ? min_of(begin + per_block, num_tokens) : begin;
+    }
+};
+
+// By one warp: say which of the last tokens went to which rank, all that was pushed to them being there.
+__device__ void signal_tokens(const LlDispatchArgs& args, const LlCall& call, uint32_t first, uint32_t count,
+                              const uint64_t* sent_to) {
+    const LlShape& shape = args.common.shape;
+    fence_sys();
+    for (uint32_t i = lane_index(); i < count * shape.num_ranks; i += kWarpSize) {
+        const uint32_t rank = i % shape.num_ranks, place = i / shape.num_ranks;
+        const uint64_t index = static_cast<uint64_t>(shape.rank) * shape.num_max_tokens + first + place;
+        if (!call.is_masked(rank)) call.signal(rank, args.common.window.present, index, sent_to[place] >> rank & 1);
+    }
+    __syncwarp();
+}
+
+// `table` holds how often the tokens before the range choose each expert, `held` the block's part of the first token.
 template <bool kFp8>
-__device__ void send(const LlDispatchArgs& args, const LlCall& call, uint32_t* table) {
+__device__ void send(const LlDispatchArgs& args, const LlCall& call, const Range& range, Held held, uint32_t* table) {
     __shared__ Destinations to[2];
     __shared__ uint64_t sent_to[kTokensPerFence];
-    const LlCommon& common = args.common;
-    const uint32_t publisher = gridDim.x - 1, num_senders = max_of(publisher, 1u);
-    const uint32_t per_block = ceil_div(common.num_tokens, num_senders);
-    const uint32_t begin = min_of(blockIdx.x * per_block, common.num_tokens);
-    const uint32_t end = blockIdx.x < num_senders ? min_of(begin + per_block, common.num_tokens) : begin;
-    Held held;
-    if (begin < end) held = load_unit<kFp8>(args, begin, threadIdx.x);
-    if (threadIdx.x < common.shape.num_ranks && !call.is_masked(threadIdx.x)) {
-        call.wait_credit(threadIdx.x, call.own_word(common.window.dispatch_credits, threadIdx.x));
-    }
-    if (blockIdx.x == publisher) {
-        count_experts(args, common.num_tokens, table);
-        publish_counts(args, call, table);
-        __syncthreads();
-    }
-    if (begin >= end) return;
-    count_experts(args, begin, table);
-    for (uint32_t token = begin; token < end; ++token) {
-        const uint32_t place = token - begin, in_batch = place % kTokensPerFence;
+    for (uint32_t token = range.begin; token < range.end; ++token) {
+        const uint32_t place = token - range.begin, in_batch = place % kTokensPerFence;
         Destinations& now = to[place % 2];
         if (warp_index() == 0) address_token(args, call, token, table, now);
         __syncthreads();
         if (threadIdx.x == 0) sent_to[in_batch] = now.ranks;
         store_row<kFp8>(args, token, held, now);
-        if (token + 1 < end) held = load_unit<kFp8>(args, token + 1, threadIdx.x);
-        if (in_batch + 1 < kTokensPerFence && token + 1 < end) continue;
+        const bool is_last = token + 1 == range.end;
+        if (!is_last) held = load_unit<kFp8>(args, token + 1, threadIdx.x);
+        if (in_batch + 1 < kTokensPerFence && !is_last) continue;
         __syncthreads();
-        if (warp_index() != 0) continue;
-        fence_sys();
-        for (uint32_t i = lane_index(); i < (in_batch + 1) * common.shape.num_ranks; i += kWarpSize) {
-            const uint32_t rank = i % common.shape.num_ranks, batch = i / common.shape.num_ranks;
-            const uint64_t index = static_cast<uint64_t>(common.shape.rank) * common.shape.num_max_tokens + token -
-                                   in_batch + batch;
-            if (!call.is_masked(rank)) call.signal(rank, common.window.present, index, sent_to[batch] >> rank & 1);
-        }
-        __syncwarp();
+        if (warp_index() == 0) signal_tokens(args, call, token - in_batch, in_batch + 1, sent_to);
     }
 }
 
-// What a block knows about the sources: their tokens, and where the rows of each begin inside each expert.
+// What a block knows about the sources.
 struct Arrivals {
-    uint32_t tokens_before[kLlMaxRanks + 1];
     uint32_t header[kLlMaxRanks];
+    uint32_t is_first_present[kLlMaxTeams];
 };
 
-// Wait for the counts of all sources and turn `table` [R, L] from counts into first rows.
-__device__ void place_sources(const LlDispatchArgs& args, const LlCall& call, uint32_t* table, Arrivals& from) {
+// One token of one source, as a number: sources take turns, so that teams start on what comes first.
+struct Item {
+    uint32_t source, token;
+    uint64_t slot;  // number
+    __device__ Item(const LlShape& shape, uint32_t number)
+        : source(number % shape.num_ranks),
+          token(number / shape.num_ranks),
+          slot(static_cast<uint64_t>(source) * shape.num_max_tokens + token) {}
+};
+
+// By one thread of each team, while others wait for counts: learn whether the team's first token is there. Its source may
+// have fewer tokens, which only the header tells.
+__device__ bool await_first(const LlDispatchArgs& args, const LlCall& call, const Item& item) {
+    constexpr uint32_t kSpinsPerCheck = 64;
+    if (item.token >= args.common.shape.num_max_tokens || call.is_masked(item.source)) return false;
+    const uint64_t* present = call.own_word(args.common.window.present, item.slot);
+    const uint64_t* header = call.own_word(args.common.window.headers, item.source);
+    for (uint32_t spin = 1;; ++spin) {
+        uint32_t is_here, num_tokens;
+        const bool has_flag = call.peek(present, is_here), has_header = call.peek(header, num_tokens);
+        if (has_header && item.token >= (num_tokens & ~kHasWeights)) return false;
+        if (has_flag) return is_here != 0;
+        if (spin % kSpinsPerCheck == 0 && call.has_given_up(item.source)) return false;
+    }
+}
+
+// Wait for the headers and counts of all sources; `table` [R, L] gets the counts.
+__device__ void await_counts(const LlDispatchArgs& args, const LlCall& call, uint32_t* table, Arrivals& from) {
     const LlShape& shape = args.common.shape;
-    const uint32_t num_local = shape.num_local_experts;
     for (uint32_t i = threadIdx.x; i < shape.num_experts + shape.num_ranks; i += kLlThreads) {
         const bool is_header = i >= shape.num_experts;
-        const uint32_t rank = is_header ? i - shape.num_experts : i / num_local;
+        const uint32_t rank = is_header ? i - shape.num_experts : i / shape.num_local_experts;
         const uint64_t offset = is_header ? args.common.window.headers : args.common.window.counts;
         uint32_t value = 0;
         if (call.is_masked(rank) || !call.wait(rank, call.own_word(offset, is_header ? rank : i), value)) value = 0;
         (is_header ? from.header[rank] : table[i]) = value;
     }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        uint32_t sum = 0;
-        for (uint32_t rank = 0; rank < shape.num_ranks; ++rank) {
-            from.tokens_before[rank] = sum;
-            sum += from.header[rank] & ~kHasWeights;
-        }
-        from.tokens_before[shape.num_ranks] = sum;
-    }
+}
+
+// Turn `table` from counts into the first row of each source inside each expert. Block 0 tells the caller about them.
+__device__ void place_sources(const LlDispatchArgs& args, uint32_t* table, const Arrivals& from) {
+    const LlShape& shape = args.common.shape;
+    const uint32_t num_local = shape.num_local_experts;
     for (uint32_t expert = threadIdx.x; expert < num_local; expert += kLlThreads) {
         uint32_t begin = 0;
         for (uint32_t rank = 0; rank < shape.num_ranks; ++rank) {
@@ -251,7 +276,6 @@ __device__ void place_sources(const LlDispatchArgs& args, const LlCall& call, ui
     if (blockIdx.x == 0 && threadIdx.x < shape.num_ranks) {
         pointer<uint32_t>(args.common.sources)[threadIdx.x] = from.header[threadIdx.x];
     }
-    __syncthreads();
 }
 
 // The rows that one token gets here.
@@ -260,19 +284,60 @@ struct Rows {
     uint32_t row[kLlMaxTopk];
 };
 
-// By the first K threads of a team: read the choices of a slot, list their rows and keep them for combine.
-__device__ void list_rows(const LlDispatchArgs& args, const uint8_t* slot, uint32_t source, uint32_t token,
-                          const uint32_t* table, uint32_t k, Rows& rows) {
+constexpr uint32_t kVecsAtOnce = 4;  // of a row, per thread
+
+// A team's part of a row under way, and one of its choices.
+struct Arrived {
+    Vec16 part[kVecsAtOnce];
+    Vec16 choice;
+};
+
+template <bool kFp8>
+__device__ uint32_t vecs_of(const LlShape& shape) {
+    return shape.hidden / (kFp8 ? 16 : 8);
+}
+
+__device__ __forceinline__ void load_part(const Vec16* in, uint32_t base, uint32_t num_vecs, const Team& team,
+                                          Arrived& arrived) {
+#pragma unroll
+    for (uint32_t i = 0; i < kVecsAtOnce; ++i) {
+        const uint32_t vec = base + i * team.threads + team.thread;
+        if (vec < num_vecs) arrived.part[i] = load_stream(in + vec);
+    }
+}
+
+__device__ __forceinline__ void store_part(const LlDispatchArgs& args, uint32_t base, uint32_t num_vecs,
+                                           const Team& team, const Rows& rows, const Arrived& arrived) {
+    for (uint32_t r = 0; r < rows.count; ++r) {
+        Vec16* out = pointer<Vec16>(args.recv_x) + static_cast<uint64_t>(rows.row[r]) * num_vecs;
+#pragma unroll
+        for (uint32_t i = 0; i < kVecsAtOnce; ++i) {
+            const uint32_t vec = base + i * team.threads + team.thread;
+            if (vec < num_vecs) out[vec] = arrived.part[i];
+        }
+    }
+}
+
+template <bool kFp8>
+__device__ void load_slot(const LlShape& shape, const uint8_t* slot, const Team& team, Arrived& arrived) {
+    load_part(reinterpret_cast<const Vec16*>(slot), 0, vecs_of<kFp8>(shape), team, arrived);
+    const Vec16* choices = reinterpret_cast<const Vec16*>(slot + shape.choice_offset);
+    if (team.thread < shape.num_topk) arrived.choice = load_stream(choices + team.thread);
+}
+
+// By the first K threads of a team: list the token's rows, and keep them for combine.
+__device__ void list_rows(const LlDispatchArgs& args, const Item& item, const Vec16& raw, const uint32_t* table,
+                          uint32_t k, Rows& rows) {
     const LlShape& shape = args.common.shape;
-    const Vec16 raw = load_stream(reinterpret_cast<const Vec16*>(slot + shape.choice_offset) + k);
+    if (k >= shape.num_topk) return;
     const int32_t expert = static_cast<int32_t>(raw.word[0]);
-    const uint64_t route = (static_cast<uint64_t>(source) * shape.num_max_tokens + token) * shape.num_topk + k;
+    const uint64_t route = item.slot * shape.num_topk + k;
     int32_t row = -1;
     if (expert >= 0) {
-        const uint32_t place = table[source * shape.num_local_experts + expert] + raw.word[1];
+        const uint32_t place = table[item.source * shape.num_local_experts + expert] + raw.word[1];
         row = static_cast<int32_t>(expert * shape.num_ranks * shape.num_max_tokens + place);
         rows.row[atomicAdd(&rows.count, 1)] = row;
-        pointer<uint32_t>(args.src_info)[row] = token;
+        pointer<uint32_t>(args.src_info)[row] = item.token;
     }
     pointer<int32_t>(args.common.routes)[route] = row;
     pointer<uint32_t>(args.common.route_weights)[route] = raw.word[2];
@@ -282,79 +347,120 @@ __device__ void store_scales(const LlDispatchArgs& args, const uint8_t* slot, co
     const LlShape& shape = args.common.shape;
     const uint32_t room = shape.num_ranks * shape.num_max_tokens;
     const uint32_t num_sf = shape.hidden / kGroupSize / (args.sf_format == kSfUe8m0 ? 4 : 1);
-    for (uint32_t i = team.thread; i < num_sf * rows.count; i += team.threads) {
-        const uint32_t sf = i % num_sf, row = rows.row[i / num_sf];
+    for (uint32_t sf = team.thread; sf < num_sf; sf += team.threads) {
         const uint32_t value = reinterpret_cast<const volatile uint32_t*>(slot + shape.hidden)[sf];
-        const uint64_t column = static_cast<uint64_t>(row / room) * num_sf + sf;
-        pointer<uint32_t>(args.recv_sf)[column * room + row % room] = value;
+        for (uint32_t r = 0; r < rows.count; ++r) {
+            const uint64_t column = static_cast<uint64_t>(rows.row[r] / room) * num_sf + sf;
+            pointer<uint32_t>(args.recv_sf)[column * room + rows.row[r] % room] = value;
+        }
     }
+}
+
+template <bool kFp8>
+__device__ void store_token(const LlDispatchArgs& args, const Item& item, const uint8_t* slot, const Team& team,
+                            const uint32_t* table, Arrived& arrived, Rows& rows) {
+    const uint32_t num_vecs = vecs_of<kFp8>(args.common.shape), step = kVecsAtOnce * team.threads;
+    list_rows(args, item, arrived.choice, table, team.thread, rows);
+    team.sync();
+    store_part(args, 0, num_vecs, team, rows, arrived);
+    if constexpr (kFp8) store_scales(args, slot, team, rows);
+    for (uint32_t base = step; base < num_vecs; base += step) {
+        load_part(reinterpret_cast<const Vec16*>(slot), base, num_vecs, team, arrived);
+        store_part(args, base, num_vecs, team, rows, arrived);
+    }
+}
+
+__device__ void forget_token(const LlDispatchArgs& args, const Item& item, uint32_t k) {
+    const uint32_t num_topk = args.common.shape.num_topk;
+    if (k < num_topk) pointer<int32_t>(args.common.routes)[item.slot * num_topk + k] = -1;
 }
 
 template <bool kFp8>
 __device__ void receive(const LlDispatchArgs& args, const LlCall& call, uint32_t* table) {
-    constexpr uint32_t kUnroll = 4;
     __shared__ Arrivals from;
     __shared__ Rows listed[kLlMaxTeams][2];
     const LlCommon& common = args.common;
     const LlShape& shape = common.shape;
-    place_sources(args, call, table, from);
     const Team team(common.team_threads);
-    const uint32_t num_vecs = shape.hidden / (kFp8 ? 16 : 8);
-    uint32_t source = 0, turn = 0;
-    for (uint32_t item = team.global_index(); item < from.tokens_before[shape.num_ranks];
-         item += team.global_count(), turn ^= 1) {
-        while (item >= from.tokens_before[source + 1]) ++source;
-        const uint32_t token = item - from.tokens_before[source];
-        const uint64_t index = static_cast<uint64_t>(source) * shape.num_max_tokens + token;
-        Rows& rows = listed[team.index][turn];
-        if (team.thread == 0) {
-            uint32_t value = 0;
-            rows.is_present = call.wait(source, call.own_word(common.window.present, index), value) && value != 0;
-            rows.count = 0;
+    const uint8_t* slots = call.own_bytes(common.window.dispatch_slots);
+    Arrived arrived;
+    uint32_t number = team.global_index();
+    {
+        const Item item(shape, number);
+        if (team.thread == team.threads - 1) {
+            from.is_first_present[team.index] = await_first(args, call, item);
+            listed[team.index][0].count = 0;
         }
-        team.sync();
-        if (!rows.is_present) {
-            if (team.thread < shape.num_topk) {
-                pointer<int32_t>(common.routes)[index * shape.num_topk + team.thread] = -1;
-            }
+        await_counts(args, call, table, from);
+        __syncthreads();
+        if (from.is_first_present[team.index]) {
+            load_slot<kFp8>(shape, slots + item.slot * shape.slot_bytes, team, arrived);
+        }
+    }
+    place_sources(args, table, from);
+    uint32_t max_tokens = 0;
+    for (uint32_t rank = 0; rank < shape.num_ranks; ++rank) {
+        max_tokens = max_of(max_tokens, from.header[rank] & ~kHasWeights);
+    }
+    __syncthreads();
+    bool is_first = true;
+    for (uint32_t turn = 0; number < max_tokens * shape.num_ranks; number += team.global_count()) {
+        const Item item(shape, number);
+        if (item.token >= (from.header[item.source] & ~kHasWeights)) {
+            is_first = false;
             continue;
         }
-        const uint8_t* slot = call.transport.local(common.window.dispatch_slots + call.bank) + index * shape.slot_bytes;
-        const Vec16* in = reinterpret_cast<const Vec16*>(slot);
-        for (uint32_t base = 0; base < num_vecs; base += kUnroll * team.threads) {
-            Vec16 held[kUnroll];
-#pragma unroll
-            for (uint32_t i = 0; i < kUnroll; ++i) {
-                const uint32_t vec = base + i * team.threads + team.thread;
-                if (vec < num_vecs) held[i] = load_stream(in + vec);
+        const uint8_t* slot = slots + item.slot * shape.slot_bytes;
+        Rows& rows = listed[team.index][turn];
+        bool is_present = is_first && from.is_first_present[team.index];
+        if (!is_first) {
+            if (team.thread == 0) {
+                uint32_t value = 0;
+                rows.is_present = call.wait(item.source, call.own_word(common.window.present, item.slot), value) && value;
+                rows.count = 0;
             }
-            if (base == 0) {
-                if (team.thread < shape.num_topk) list_rows(args, slot, source, token, table, team.thread, rows);
-                team.sync();
-            }
-            for (uint32_t r = 0; r < rows.count; ++r) {
-                Vec16* out = pointer<Vec16>(args.recv_x) + static_cast<uint64_t>(rows.row[r]) * num_vecs;
-#pragma unroll
-                for (uint32_t i = 0; i < kUnroll; ++i) {
-                    const uint32_t vec = base + i * team.threads + team.thread;
-                    if (vec < num_vecs) out[vec] = held[i];
-                }
-            }
+            team.sync();
+            is_present = rows.is_present;
+            if (is_present) load_slot<kFp8>(shape, slot, team, arrived);
         }
-        if constexpr (kFp8) store_scales(args, slot, team, rows);
+        if (is_present) {
+            store_token<kFp8>(args, item, slot, team, table, arrived, rows);
+        } else {
+            forget_token(args, item, team.thread);
+        }
+        is_first = false;
+        turn ^= 1;
     }
 }
 
 template <bool kFp8>
-__device__ void run(const LlDispatchArgs& args, uint32_t* table) {
+__device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table) {
     const LlCommon& common = args.common;
-    LlCall call = LlCall::begin(common, kLlDispatch, common.call_epoch);
-    if (common.phases & kLlSend) {
-        send<kFp8>(args, call, table);
+    const uint64_t credits = common.window.dispatch_credits;
+    const Range range(common.num_tokens);
+    const bool is_sending = (common.phases & kLlSend) != 0;
+    Held held;
+    call.prepare(credits, common.call_epoch);
+    if (is_sending) {
+        if (range.begin < range.end) held = load_unit<kFp8>(args, range.begin, threadIdx.x);
+        clear(args, table);
+        count_experts(args, 0, range.is_publisher ? common.num_tokens : range.begin, table);
+    }
+    call.begin(common.call_epoch);
+    if (is_sending) {
+        if (range.is_publisher) call.publish_credits(credits);
+        call.await_credit(threadIdx.x, credits);
+        __syncthreads();
+        if (range.is_publisher) {
+            publish_counts(args, call, table);
+            __syncthreads();
+            if (range.begin < range.end) clear(args, table);
+        }
+        send<kFp8>(args, call, range, held, table);
         __syncthreads();
     }
     if (common.phases & kLlRecv) receive<kFp8>(args, call, table);
-    call.end(common.window.dispatch_credits);
+    call.end();
 }
 
 }  // namespace
@@ -362,10 +468,13 @@ __device__ void run(const LlDispatchArgs& args, uint32_t* table) {
 
 extern "C" __global__ void __launch_bounds__(deepep::kLlThreads, deepep::kLlBlocksPerSm)
     ll_dispatch_kernel(const __grid_constant__ deepep::LlDispatchArgs args) {
+    using namespace deepep;
     extern __shared__ uint32_t table[];
-    if (args.sf_format == deepep::kSfNone) {
-        deepep::run<false>(args, table);
+    __shared__ LlShared shared;
+    LlCall call(args.common, kLlDispatch, shared);
+    if (args.sf_format == kSfNone) {
+        run<false>(args, call, table);
     } else {
-        deepep::run<true>(args, table);
+        run<true>(args, call, table);
     }
 }

@@ -111,7 +111,7 @@ class LowLatencyEngine:
             kernel.handle: self._resident_blocks(kernel, smem, ranks_per_gpu)
             for kernel, smem in ((self._dispatch_kernel, self._table_bytes), (self._combine_kernel, 0))
         }
-        self._common = LlCommon(peer_table=window.peer_table, window=division.window)
+        self._common = LlCommon(peer_table=window.peer_table, own_base=window.base, window=division.window)
         self._common.shape = LlShape(
             rank=rank,
             num_ranks=shape.num_ranks,

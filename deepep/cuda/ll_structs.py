@@ -34,7 +34,7 @@ class LlState(ctypes.Structure):
     """What a rank keeps at the start of its window, up to the mask."""
 
     _fields_ = [
-        *_fields({"epoch num_sent num_received": ctypes.c_uint32 * 2}),
+        *_fields({"epoch num_started": ctypes.c_uint32 * 2, "read_epoch num_readers num_read": ctypes.c_uint32 * 4}),
         ("mask", ctypes.c_uint32 * MAX_RANKS),
     ]
 
@@ -65,7 +65,7 @@ class LlCommon(ctypes.Structure):
     """What all low-latency kernels take."""
 
     _fields_ = [
-        *_fields({"peer_table status timeout_ns": ctypes.c_uint64}),
+        *_fields({"peer_table own_base status timeout_ns": ctypes.c_uint64}),
         ("window", LlWindow),
         ("shape", LlShape),
         *_fields({"phases num_tokens team_threads is_shrinkable": ctypes.c_uint32}),

@@ -13,48 +13,169 @@ constexpr uint32_t kLlThreads = 512;
 constexpr uint32_t kLlBlocksPerSm = 2;
 constexpr uint32_t kLlBanks = 2;  // of the window
 
+__device__ __forceinline__ void red_release_gpu(uint32_t* address, uint32_t value) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
 __device__ __forceinline__ uint64_t ll_word(uint32_t epoch, uint32_t value) {
     return static_cast<uint64_t>(epoch) << 32 | value;
 }
 
-// The longest that this block waited for each rank, where statistics are asked for.
-__device__ __forceinline__ uint32_t* ll_waited_ns() {
-    __shared__ uint32_t waited[kLlMaxRanks];
-    return waited;
-}
+// What every thread of a block wants to know at once; read in one go when the block starts, then kept in shared memory.
+struct LlShared {
+    uint64_t peers[kLlMaxRanks];
+    uint32_t mask[kLlMaxRanks];
+    uint32_t credit[kLlBanks][kLlMaxRanks];  // epoch of the last use of each bank that a rank is through with
+    uint32_t waited_ns[kLlMaxRanks];         // longest wait of this block for each rank, where statistics are asked for
+    uint32_t epoch;
+};
 
 // One operation under way, as one thread sees it.
 struct LlCall {
     const LlCommon& args;
     const LlOp op;
-    Transport transport;
-    LlState* state;
-    uint64_t deadline;
+    LlShared& shared;
+    const Transport transport;
+    LlState* const state;
+    const uint64_t deadline;
     uint32_t epoch;
-    uint64_t bank;
+    uint64_t bank;  // byte offset
 
-    __device__ LlCall(const LlCommon& common, LlOp operation)
+    __device__ LlCall(const LlCommon& common, LlOp operation, LlShared& block)
         : args(common),
           op(operation),
-          transport(common.peer_table, common.shape.rank, common.shape.num_ranks),
-          state(reinterpret_cast<LlState*>(transport.local(common.window.state))),
+          shared(block),
+          transport(reinterpret_cast<uint64_t>(block.peers), common.shape.rank, common.shape.num_ranks),
+          state(pointer<LlState>(common.own_base + common.window.state)),
           deadline(global_timer_ns() + common.timeout_ns) {
-        if (args.wait_stats != 0) {
-            if (threadIdx.x < kLlMaxRanks) ll_waited_ns()[threadIdx.x] = 0;
-            __syncthreads();
+        load_peers();
+    }
+
+    __device__ void load_peers() const {
+        const uint32_t rank = threadIdx.x;
+        if (rank >= args.shape.num_ranks) return;
+        shared.peers[rank] = pointer<const uint64_t>(args.peer_table)[rank];
+        shared.mask[rank] = state->mask[rank];
+        shared.waited_ns[rank] = 0;
+    }
+
+    // Start: issue all loads that nothing depends on. `credits` is where peers say what they are through with.
+    __device__ void prepare(uint64_t credits, uint64_t call_epoch) const {
+        constexpr uint32_t kEpochThread = 3 * kWarpSize;  // of another warp than those that look at ranks
+        if (threadIdx.x < args.shape.num_ranks) {
+            for (uint32_t b = 0; b < kLlBanks; ++b) {
+                const uint64_t at = args.own_base + credits + b * args.window.bank_stride + 8 * threadIdx.x;
+                shared.credit[b][threadIdx.x] = static_cast<uint32_t>(load_acquire_sys(pointer<uint64_t>(at)) >> 32);
+            }
+        } else if (threadIdx.x == kEpochThread) {
+            const bool is_sending = (args.phases & kLlSend) != 0;
+            const volatile uint32_t* last = &state->epoch[op];
+            shared.epoch = is_sending ? *last + 1 : *pointer<const volatile uint32_t>(call_epoch);
         }
     }
 
-    __device__ bool is_masked(uint32_t rank) const { return *(volatile uint32_t*)&state->mask[rank] != 0; }
+    // Once all threads of the block are through with prepare().
+    __device__ void begin(uint64_t call_epoch) {
+        __syncthreads();
+        epoch = shared.epoch;
+        bank = (epoch % kLlBanks) * args.window.bank_stride;
+        if (threadIdx.x != kLlThreads - 1) return;
+        if (args.phases & kLlSend) {
+            // The last block to know the epoch moves it on for the next launch.
+            if (add_acq_rel_gpu(&state->num_started[op], 1) == gridDim.x - 1) {
+                state->num_started[op] = 0;
+                state->epoch[op] = epoch;
+            }
+            if (args.phases == kLlSend && blockIdx.x == 0) *pointer<uint32_t>(call_epoch) = epoch;
+        } else if (blockIdx.x == 0) {
+            announce_readers();
+        }
+    }
+
+    __device__ void announce_readers() const {
+        state->read_epoch[op][epoch % kLlBanks] = epoch;
+        state->num_readers[op][epoch % kLlBanks] += gridDim.x;
+    }
+
+    // By one block of a sending launch: tell the peers which banks this rank is through with. Blocks of this launch may
+    // have ended before this one starts, hence "at least".
+    __device__ void publish_credits(uint64_t credits) const {
+        const uint32_t rank = threadIdx.x;
+        for (uint32_t b = 0; rank < args.shape.num_ranks && !is_masked(rank) && b < kLlBanks; ++b) {
+            const uint32_t last = *(volatile uint32_t*)&state->read_epoch[op][b];
+            const uint32_t readers = *(volatile uint32_t*)&state->num_readers[op][b];
+            const uint32_t read = load_acquire_gpu(&state->num_read[op][b]);
+            if (static_cast<int32_t>(read - readers) < 0) continue;
+            const uint64_t at = credits + b * args.window.bank_stride + 8 * args.shape.rank;
+            transport.signal(rank, at, static_cast<uint64_t>(last) << 32);
+        }
+        __syncthreads();
+        if (threadIdx.x == 0 && args.phases & kLlRecv) announce_readers();
+    }
+
+    // By each thread for one rank: wait until it is through with what this bank held before.
+    __device__ void await_credit(uint32_t rank, uint64_t credits) const {
+        constexpr uint32_t kSpinsPerCheck = 64;
+        if (rank >= args.shape.num_ranks || epoch <= kLlBanks || is_masked(rank)) return;
+        uint32_t last = shared.credit[epoch % kLlBanks][rank];
+        for (uint32_t spin = 1; static_cast<int32_t>(last + kLlBanks - epoch) < 0; ++spin) {
+            if (spin % kSpinsPerCheck == 0 && has_given_up(rank)) return;
+            last = static_cast<uint32_t>(load_acquire_sys(own_word(credits, rank)) >> 32);
+        }
+    }
+
+    // The block has read all it will; nothing waits for this to arrive.
+    __device__ void end() const {
+        __syncthreads();
+        if (!(args.phases & kLlRecv)) return;
+        if (threadIdx.x == 0) red_release_gpu(&state->num_read[op][epoch % kLlBanks], 1);
+        if (args.wait_stats != 0 && blockIdx.x == 0 && threadIdx.x < args.shape.num_ranks) {
+            pointer<uint64_t>(args.wait_stats)[threadIdx.x] += shared.waited_ns[threadIdx.x] / 1000;
+        }
+    }
+
+    __device__ bool is_masked(uint32_t rank) const { return *(volatile uint32_t*)&shared.mask[rank] != 0; }
+
     __device__ const uint64_t* own_word(uint64_t offset, uint64_t index) const {
-        return reinterpret_cast<const uint64_t*>(transport.local(offset + bank)) + index;
+        return pointer<const uint64_t>(args.own_base + offset + bank) + index;
+    }
+    __device__ const uint8_t* own_bytes(uint64_t offset) const {
+        return pointer<const uint8_t>(args.own_base + offset + bank);
     }
     __device__ void signal(uint32_t rank, uint64_t offset, uint64_t index, uint32_t value) const {
         transport.signal(rank, offset + bank + 8 * index, ll_word(epoch, value));
     }
 
+    // A word of this epoch, if it is there.
+    __device__ bool peek(const uint64_t* word, uint32_t& value) const {
+        const uint64_t seen = load_acquire_sys(word);
+        value = static_cast<uint32_t>(seen);
+        return static_cast<uint32_t>(seen >> 32) == epoch;
+    }
+
+    // Wait for a word of this epoch that `rank` writes. False if the rank is masked or did not arrive in time.
+    __device__ bool wait(uint32_t rank, const uint64_t* word, uint32_t& value) const {
+        constexpr uint32_t kSpinsPerCheck = 64;
+        const uint64_t start = args.wait_stats != 0 ? global_timer_ns() : 0;
+        for (uint32_t spin = 1; !peek(word, value); ++spin) {
+            if (spin % kSpinsPerCheck == 0 && has_given_up(rank)) return false;
+        }
+        if (args.wait_stats != 0) {
+            atomicMax(&shared.waited_ns[rank], static_cast<uint32_t>(global_timer_ns() - start));
+        }
+        return true;
+    }
+
+    __device__ bool has_given_up(uint32_t rank) const {
+        if (is_masked(rank)) return true;
+        if (global_timer_ns() < deadline && *(volatile uint32_t*)&state->mask[rank] == 0) return false;
+        lose(rank);
+        return true;
+    }
+
     // Give up on a rank: mask it where ranks may leave, else tell the host. Every later wait for it is over at once.
     __device__ void lose(uint32_t rank) const {
+        *(volatile uint32_t*)&shared.mask[rank] = 1;
         if (args.is_shrinkable) {
             *(volatile uint32_t*)&state->mask[rank] = 1;
             return;
@@ -62,73 +183,6 @@ struct LlCall {
         uint64_t* status = pointer<uint64_t>(args.status);
         store_relaxed_sys(status + 1 + rank, 1);
         store_release_sys(status, op + 1);
-    }
-
-    // Wait for a word of this epoch that `rank` writes. False if the rank is masked or did not arrive in time.
-    __device__ bool wait(uint32_t rank, const uint64_t* word, uint32_t& value) const {
-        constexpr uint32_t kSpinsPerCheck = 64;
-        const uint64_t start = args.wait_stats != 0 ? global_timer_ns() : 0;
-        for (uint32_t spin = 1;; ++spin) {
-            const uint64_t seen = load_acquire_sys(word);
-            if (static_cast<uint32_t>(seen >> 32) == epoch) {
-                value = static_cast<uint32_t>(seen);
-                if (args.wait_stats != 0) {
-                    atomicMax(&ll_waited_ns()[rank], static_cast<uint32_t>(global_timer_ns() - start));
-                }
-                return true;
-            }
-            if (spin % kSpinsPerCheck == 0 && has_given_up(rank)) return false;
-        }
-    }
-
-    // Wait until `rank` has read what was in this bank before.
-    __device__ void wait_credit(uint32_t rank, const uint64_t* word) const {
-        constexpr uint32_t kSpinsPerCheck = 64;
-        if (epoch <= kLlBanks) return;
-        for (uint32_t spin = 1;; ++spin) {
-            const uint32_t last = static_cast<uint32_t>(load_acquire_sys(word) >> 32);
-            if (static_cast<int32_t>(last + kLlBanks - epoch) >= 0) return;
-            if (spin % kSpinsPerCheck == 0 && has_given_up(rank)) return;
-        }
-    }
-
-    __device__ bool has_given_up(uint32_t rank) const {
-        if (is_masked(rank)) return true;
-        if (global_timer_ns() < deadline) return false;
-        lose(rank);
-        return true;
-    }
-
-    // Start a launch: a sending one counts the epoch up and notes it for a receiving one that may come later.
-    __device__ static LlCall begin(const LlCommon& common, LlOp op, uint64_t call_epoch) {
-        LlCall call(common, op);
-        call.epoch = common.phases & kLlSend ? call.state->epoch[op] + 1 : *pointer<const uint32_t>(call_epoch);
-        call.bank = (call.epoch % kLlBanks) * common.window.bank_stride;
-        if (common.phases == kLlSend && blockIdx.x == 0 && threadIdx.x == 0) *pointer<uint32_t>(call_epoch) = call.epoch;
-        return call;
-    }
-
-    // End a launch. The last block to come here moves the epoch on once all have read it, and tells the peers once all
-    // have read what they sent.
-    __device__ void end(uint64_t credits) const {
-        __shared__ bool is_last;
-        __syncthreads();
-        if (args.wait_stats != 0 && args.phases & kLlRecv && blockIdx.x == 0 && threadIdx.x < args.shape.num_ranks) {
-            pointer<uint64_t>(args.wait_stats)[threadIdx.x] += ll_waited_ns()[threadIdx.x] / 1000;
-        }
-        if (threadIdx.x == 0) {
-            uint32_t* counter = args.phases & kLlRecv ? &state->num_received[op] : &state->num_sent[op];
-            is_last = add_acq_rel_gpu(counter, 1) == gridDim.x - 1;
-            if (is_last) *counter = 0;
-            if (is_last && args.phases & kLlSend) state->epoch[op] = epoch;
-        }
-        __syncthreads();
-        if (!is_last || !(args.phases & kLlRecv)) return;
-        for (uint32_t rank = threadIdx.x; rank < args.shape.num_ranks; rank += blockDim.x) {
-            if (is_masked(rank)) continue;
-            fence_sys();
-            signal(rank, credits, args.shape.rank, 0);
-        }
     }
 };
 

@@ -8,11 +8,13 @@ namespace deepep {
 constexpr uint32_t kLlMaxRanks = 64;
 constexpr uint32_t kLlMaxTopk = 64;
 
-// One per rank, at the start of its window; only its owner looks at it.
+// One per rank, at the start of its window; only its owner looks at it. [2] is per operation, [2][2] per bank, too.
 struct LlState {
     uint32_t epoch[2];        // of the last dispatch and the last combine that was sent; the first is 1
-    uint32_t num_sent[2];     // blocks that are done sending
-    uint32_t num_received[2]; // blocks that are done receiving
+    uint32_t num_started[2];  // blocks of the current sending launch that know their epoch
+    uint32_t read_epoch[2][2];    // which epoch was last received out of a bank
+    uint32_t num_readers[2][2];   // blocks that were to do so, since the window was cleaned
+    uint32_t num_read[2][2];      // blocks that have done so: once both agree, the bank is free
     uint32_t mask[kLlMaxRanks];
     uint64_t num_barriers;
     uint64_t last_barrier[kLlMaxRanks];  // what each rank's word was when the last barrier ended
@@ -60,6 +62,7 @@ enum LlPhase : uint32_t { kLlSend = 1, kLlRecv = 2 };
 
 struct LlCommon {
     uint64_t peer_table;
+    uint64_t own_base;    // of this rank's window
     uint64_t status;      // pinned: [0] op that gave up (kLlOp + 1), [1 + r] rank r was not heard from
     uint64_t timeout_ns;
     LlWindow window;

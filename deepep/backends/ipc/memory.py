@@ -109,9 +109,13 @@ class SymmetricMemory:
         self._remains: _Remains | None = None
         with torch.cuda.device(device):
             torch.cuda.current_stream(device).synchronize()  # makes the context current
-            failures = [failure for kind in _KINDS if (failure := self._build(group, kind)) is not None]
-        if self._remains is None:
-            raise BackendUnavailable("GPU memory cannot be shared between these ranks; " + "; ".join(failures))
+            failures: list[str] = []
+            for kind in _KINDS:
+                failure = self._build(group, kind)
+                if failure is None:
+                    return
+                failures.append(failure)
+        raise BackendUnavailable("GPU memory cannot be shared between these ranks; " + "; ".join(failures))
 
     @property
     def is_alive(self) -> bool:
