@@ -138,8 +138,12 @@ def make_outputs(case: Case, rank: int, num_rows: int, *, cancelling: bool = Tru
     small = torch.randn(shape, generator=generator)
     if not cancelling:
         return (small * 2.0 ** torch.randint(-6, 2, (num_rows, 1), generator=generator)).to(case.combine_dtype)
-    # float16 overflows early; its sums of 16 terms must stay finite.
-    large, scale = (1.375 * 2.0**11, 2.0**-4) if case.combine_dtype is torch.float16 else (1.375 * 2.0**26, 1.0)
+    # float16 overflows early: its sums of 16 terms must stay finite. A float32 result shows what is lost beside `large`.
+    large, scale = {
+        torch.float16: (1.375 * 2.0**11, 2.0**-4),
+        torch.bfloat16: (1.375 * 2.0**26, 1.0),
+        torch.float32: (1.375 * 2.0**26, 4.0),
+    }[case.combine_dtype]
     kind = torch.randint(0, 4, shape, generator=generator)
     signed = torch.where(kind == 0, large, -large)
     return torch.where(kind < 2, signed, small * scale).to(case.combine_dtype)
