@@ -31,6 +31,10 @@ from deepep.validate import (
     values_are_checked,
 )
 
+# What `dispatch` returns. The types within follow from the arguments, which the caller knows and a checker does not:
+# a tensor or a pair as `x` was; None without top-k or with a handle.
+Dispatched = tuple[Any, Any, Any, Any, Any, EventOverlap]
+
 
 class Buffer(LowLatencyMixin, Front):
     """Dispatch tokens to the ranks of their experts and combine what comes back (CONTRACT, '`Buffer`').
@@ -197,7 +201,7 @@ class Buffer(LowLatencyMixin, Front):
         previous_event: Event | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
-    ) -> tuple[Payload, torch.Tensor | None, torch.Tensor | None, list[int] | None, NormalHandle | None, EventOverlap]:
+    ) -> Dispatched:
         """Send every token once to each rank that owns one of its experts (compact rows).
 
         Args:
@@ -309,9 +313,7 @@ class Buffer(LowLatencyMixin, Front):
     ) -> Routing:
         routing = routing_of(handle, (IntranodeHandle, InternodeHandle), self._owner, op)
         if topk_idx is not None or topk_weights is not None or num_worst_tokens:
-            raise InvalidArgument(
-                f"{op}: handle repeats a routing; leave out topk_idx, topk_weights, num_worst_tokens"
-            )
+            raise InvalidArgument(f"{op}: handle repeats a routing; leave out topk_idx, topk_weights, num_worst_tokens")
         check_rows(op, "x", x, routing.dst_rank.shape[0])
         return routing
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -106,7 +107,7 @@ def test_gradients_equal_those_of_one_process(
     for name in leaves if with_weights else ["x", "expert", "bias"]:
         found, grad = torch.cat([grads[name] for grads in per_rank]), leaves[name].grad
         assert grad is not None
-        torch.testing.assert_close(found.double(), grad, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(found.double(), grad, rtol=1e-5, atol=1e-5, msg=partial("{}: {}".format, name))
 
 
 @pytest.mark.parametrize("name", ["x", "topk_weights", "expert", "bias"])
