@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from deepep.testing.checks_buffer import Scene
-from deepep.testing.oracle import align, expected_combined_weights
+from deepep.testing.oracle import align, expected_combine, expected_combined_weights
 from deepep.testing.oracle_elastic import expected_expanded, expected_handle, worst_case_rows
 from deepep.testing.routing import Case, make_bias
 from deepep.testing.target import Findings, Target, poisoned
@@ -71,6 +71,21 @@ def check_elastic_combine(group: Any, target: Target, case: Case) -> None:
         y, _, _ = buffer.combine(mine, handle, bias=tuple(map(target.put, biases)))
         found.equal("y with two biases", y, scene.combined(outputs, bias=biases))
     buffer.destroy()
+    found.finish()
+
+
+def check_elastic_one_level(group: Any, target: Target, case: Case) -> None:
+    """Without hybrid mode, or without multiple reduction, compact rows of all hosts are added up at once."""
+    scene = Scene.of(case, group.rank())
+    found = Findings(scene.rank)
+    outputs = scene.outputs()
+    want = expected_combine(scene.route, outputs, scene.rank)
+    for option in ("allow_hybrid_mode", "allow_multiple_reduction"):
+        buffer = target.elastic_buffer(group, case, **{option: False})
+        handle = elastic_dispatch(buffer, target, scene)[3]
+        y, _, _ = buffer.combine(target.put(outputs[scene.rank]), handle)
+        found.equal(f"y with {option}=False", y, want)
+        buffer.destroy()
     found.finish()
 
 

@@ -138,7 +138,7 @@ def make_outputs(case: Case, rank: int, num_rows: int, *, cancelling: bool = Tru
     small = torch.randn(shape, generator=generator)
     if not cancelling:
         return (small * 2.0 ** torch.randint(-6, 2, (num_rows, 1), generator=generator)).to(case.combine_dtype)
-    # float16 overflows early: its sums of 16 terms must stay finite. A float32 result shows what is lost beside `large`.
+    # float16 overflows early: sums of 16 terms must stay finite. In float32, what is lost beside `large` must show.
     large, scale = {
         torch.float16: (1.375 * 2.0**11, 2.0**-4),
         torch.bfloat16: (1.375 * 2.0**26, 1.0),
