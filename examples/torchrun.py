@@ -4,8 +4,9 @@
 
 On two hosts, the same command on each of them (the first address is that of the first host):
 
-    torchrun --nnodes 2 --nproc-per-node 4 --node-rank 0 --master-addr 192.0.2.1 --master-port 29500 examples/torchrun.py
-    torchrun --nnodes 2 --nproc-per-node 4 --node-rank 1 --master-addr 192.0.2.1 --master-port 29500 examples/torchrun.py
+    export MASTER="--master-addr 192.0.2.1 --master-port 29500"
+    torchrun --nnodes 2 --nproc-per-node 4 --node-rank 0 $MASTER examples/torchrun.py
+    torchrun --nnodes 2 --nproc-per-node 4 --node-rank 1 $MASTER examples/torchrun.py
 
 GLOO_SOCKET_IFNAME names the network card to use where gloo finds none or the wrong one: `lo` within one host, `eth0`
 and the like between hosts.

@@ -20,7 +20,7 @@ DEFAULT_ARCHS = ["sm_80", "sm_90", "sm_100"]
 def main(args: Sequence[str] | None = None) -> int:
     """Compile every kernel for the architectures asked for and print one line per file; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m deepep compile", description=__doc__)
-    parser.add_argument("--arch", nargs="+", default=DEFAULT_ARCHS, metavar="sm_90", help="architectures to compile for")
+    parser.add_argument("--arch", nargs="+", default=DEFAULT_ARCHS, metavar="sm_90", help="what to compile for")
     options = parser.parse_args(args)
     started = time.monotonic()
     try:

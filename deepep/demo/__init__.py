@@ -1,1 +1,1 @@
-"""`python -m deepep demo`: a small mixture of experts learns to read handwritten digits, its experts spread over ranks."""
+"""`python -m deepep demo`: a mixture of experts, spread over ranks, learns to read handwritten digits."""

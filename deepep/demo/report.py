@@ -8,7 +8,6 @@ from deepep.demo.options import Options
 from deepep.demo.train import Outcome
 
 
-
 def tolerance(options: Options) -> float:
     """Say how far the loss curves may be apart.
 
@@ -33,8 +32,10 @@ def text(options: Options, outcomes: list[Outcome], alone: Outcome) -> str:
     first = outcomes[0]
     difference, num_steps = largest_difference(first, alone), len(first.losses)
     lines = [
-        f"backend {first.backend}, {options.device}, {len(outcomes)} ranks on {first.num_hosts} host(s), "
-        f"{options.num_experts} experts, top-{options.num_topk}, seed {options.seed}",
+        (
+            f"backend {first.backend}, {options.device}, {len(outcomes)} ranks on {first.num_hosts} host(s), "
+            f"{options.num_experts} experts, top-{options.num_topk}, seed {options.seed}"
+        ),
         f"loss: {first.losses[0]:.4f} -> {first.losses[-1]:.4f} in {num_steps} steps",
         f"test accuracy: {100 * first.accuracy:.1f} %",
         "",
@@ -44,13 +45,16 @@ def text(options: Options, outcomes: list[Outcome], alone: Outcome) -> str:
         share = options.experts_of(rank, len(outcomes))
         owned = f"{share.start}-{share.stop - 1}"
         lines.append(f"{rank:4}  {owned:>7}  {outcome.num_rows:11,}  {outcome.num_bytes / 1e6:9.2f}")
-    lines += ["(rows that left their rank, there and back, in training and test)", "", "load of each expert, last epoch:"]
+    lines += ["(rows that left their rank, there and back, in training and test)"]
+    lines += ["", "load of each expert, last epoch:"]
     lines += _bars(first.expert_load)
     verdict = "equals" if agrees(options, first, alone) else "DIFFERS from"
     lines += [
         "",
-        f"loss curve {verdict} the one of a single process without communication: "
-        f"largest difference {difference:.1e} over {num_steps} steps (tolerance {tolerance(options):.0e})",
+        (
+            f"loss curve {verdict} the one of a single process without communication: "
+            f"largest difference {difference:.1e} over {num_steps} steps (tolerance {tolerance(options):.0e})"
+        ),
         f"test accuracy of the single process: {100 * alone.accuracy:.1f} %",
     ]
     lines += [f"rank {rank} rows {outcome.digest}" for rank, outcome in enumerate(outcomes) if outcome.digest]
@@ -62,10 +66,10 @@ def plot(path: Path, options: Options, outcomes: list[Outcome], alone: Outcome) 
     import matplotlib as mpl
 
     mpl.use("Agg")
-    from matplotlib import pyplot
+    import matplotlib.pyplot as plt
 
     first = outcomes[0]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     left.plot(first.losses, color="tab:blue", linewidth=3, label=f"{len(outcomes)} ranks, backend {first.backend}")
     left.plot(alone.losses, color="tab:orange", linewidth=1, linestyle="--", label="one process, no communication")
     left.set(xlabel="step", ylabel="loss", yscale="log", title=f"test accuracy {100 * first.accuracy:.1f} %")
@@ -76,7 +80,7 @@ def plot(path: Path, options: Options, outcomes: list[Outcome], alone: Outcome) 
     right.set(xlabel="expert", ylabel="tokens", title="load of each expert, last epoch")
     right.legend(ncols=2, loc="lower right", framealpha=0.9)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    plt.close(figure)
 
 
 def _bars(load: list[int]) -> list[str]:
