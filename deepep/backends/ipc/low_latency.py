@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -115,7 +116,11 @@ class LowLatency:
         if engine is None:
             return
         shape = engine.shape
-        wanted = {"num_max_tokens": num_max_tokens_per_rank, "hidden": hidden, "num_experts": num_experts}
+        wanted: dict[str, Any] = {
+            "num_max_tokens": num_max_tokens_per_rank,
+            "hidden": hidden,
+            "num_experts": num_experts,
+        }
         if replace(shape, **wanted) == shape:
             self._clean(engine)
         else:
