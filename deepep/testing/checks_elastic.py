@@ -9,7 +9,7 @@ import torch
 from deepep.testing.checks_buffer import Scene
 from deepep.testing.oracle import align, expected_combine, expected_combined_weights
 from deepep.testing.oracle_elastic import expected_expanded, expected_handle, worst_case_rows
-from deepep.testing.routing import Case, make_bias
+from deepep.testing.routing import Case, make_bias, make_outputs
 from deepep.testing.target import Findings, Target, poisoned
 
 #: Tensor fields that clients save for a recomputation, clear, and put back.
@@ -94,13 +94,10 @@ def check_elastic_restored_handle(group: Any, target: Target, case: Case) -> Non
     scene, buffer = Scene.of(case, group.rank()), target.elastic_buffer(group, case)
     found = Findings(scene.rank)
     x = target.payload(scene.mine.x, scene.mine.sf)
-    outputs = scene.outputs()
     for do_expand in (False, True):
         first = elastic_dispatch(buffer, target, scene, do_expand=do_expand, do_zero_padding=do_expand)
         handle = first[3]
-        mine = target.put(torch.zeros(len(_x_of(first[0])), case.hidden, dtype=case.combine_dtype))
-        if not do_expand:
-            mine = target.put(outputs[scene.rank])
+        mine = target.put(make_outputs(case, scene.rank, len(_x_of(first[0]))))
         before = buffer.combine(mine, handle)[0]
         saved = {name: getattr(handle, name) for name in _SAVED_FIELDS}
         for name in saved:
