@@ -37,13 +37,14 @@ __device__ void find_owners(const Operation& op, const CombineArgs& args, const 
 template <typename Type, bool kSums>
 __device__ void combine(const CombineArgs& args) {
     extern __shared__ __align__(128) uint8_t shared[];
-    __shared__ PipeBarriers barriers;
+    __shared__ PipeBarriers barriers, copy_barriers;
     __shared__ Owner owners[kMaxRanks];
     __shared__ uint32_t header[kMaxRanks * kHeaderWords];
     __shared__ uint32_t least_ring;
-    const Operation op(args.window);
+    const Operation op(args.window, whole_cta());
     const uint32_t warp = warp_index();
     WarpPipe::init(barriers);
+    WarpPipe::init(copy_barriers);
     if (blockIdx.x == 0) {
         op.send_headers(args.header, args.num_tokens, static_cast<uint32_t>(args.rows_offset / 16),
                         static_cast<uint32_t>(args.weights_offset / 16), args.ring_rows, kNoEntry, args.is_in_window, 0,
@@ -57,20 +58,21 @@ __device__ void combine(const CombineArgs& args) {
     op.compare_headers(header);
     if (!op.failed()) {
         find_owners<kSums>(op, args, header, owners, &least_ring);
-        WarpPipe pipe(shared, barriers, args.cut);
-        if (args.cut.num_stage_warps != 0) op.wait_readers();
+        uint8_t* slots = shared + warp * args.cut.slots_per_warp * args.cut.slot_bytes;
+        TermPipe pipe(slots, barriers, warp, args.cut);
         if (warp < args.cut.num_stage_warps) {
+            op.wait_readers();
             if constexpr (kSums) {
                 OwnerSums<Type> sums(op, args, header);
                 Reducer<Type, OwnerSums<Type>>{op, args.cut, pipe, sums}.run();
             } else {
-                stage_batches(op, args, pipe, header);
+                WarpPipe copy_pipe(slots, copy_barriers, warp, args.copy_cut);
+                stage_batches(op, args, copy_pipe, header);
             }
         }
-        if (warp < args.cut.num_warps) {
-            HomeSums<Type> sums{op, args, owners, args.num_tokens > least_ring};
-            Reducer<Type, HomeSums<Type>>{op, args.cut, pipe, sums}.run();
-        }
+        HomeSums<Type> sums{op, args, owners, args.num_tokens > least_ring};
+        sums.ask();
+        Reducer<Type, HomeSums<Type>>{op, args.cut, pipe, sums}.run();
     }
     op.leave(true, args.is_in_window != 0);
 }

@@ -5,7 +5,7 @@ namespace deepep {
 
 // Make shared descriptions of the sources. False if the operation has failed.
 __device__ bool find_sources(const Operation& op, const DispatchArgs& args, Source* sources, uint32_t* header,
-                             uint32_t* num_passes) {
+                             uint32_t* first_row, uint32_t* num_passes) {
     const uint32_t num_ranks = op.window.num_ranks;
     if (args.is_cached && blockIdx.x == 0) {
         op.send_headers(args.header, args.num_tokens, static_cast<uint32_t>(args.rows_offset / 16),
@@ -22,6 +22,15 @@ __device__ bool find_sources(const Operation& op, const DispatchArgs& args, Sour
         op.wait(reinterpret_cast<uint64_t*>(op.transport.local(op.ready_at(threadIdx.x))), op.epoch, 0, threadIdx.x);
     }
     if (threadIdx.x == 0) *num_passes = 1;
+    // Where this source's rows begin at each receiver.
+    for (uint32_t receiver = threadIdx.x; !args.is_cached && receiver < num_ranks; receiver += blockDim.x) {
+        uint32_t base = 0;
+        for (uint32_t source = 0; source < op.window.rank; ++source) {
+            const uint64_t at = op.matrix_at(source) + receiver * 8;
+            base += word_value(load_acquire_sys(reinterpret_cast<uint64_t*>(op.transport.local(at))));
+        }
+        first_row[receiver] = base;
+    }
     __syncthreads();
     for (uint32_t rank = threadIdx.x; rank < num_ranks; rank += blockDim.x) {
         const uint32_t* theirs = header + rank * kHeaderWords;
@@ -34,11 +43,16 @@ __device__ bool find_sources(const Operation& op, const DispatchArgs& args, Sour
         source.sf = op.transport.peer_ptr(rank, uint64_t{theirs[kHeaderSf]} * 16);
         source.flags = is_staged ? op.flag_of(rank, 0) : nullptr;
         source.is_direct_sf = 0;
+        source.sf_pitch = args.sf_pitch;
         if (is_self && !is_cast) {
             source.ring = kNoEntry;
             source.rows = pointer<const uint8_t>(args.x);
             source.flags = nullptr;
-            source.is_direct_sf = 1;
+            source.is_direct_sf = !args.sf_is_bulk;
+            if (args.sf_is_bulk) {
+                source.sf = pointer<const uint8_t>(args.sf);
+                source.sf_pitch = static_cast<uint32_t>(args.sf_stride_token) * 4;
+            }
         }
         source.first_row = rank == 0 ? 0 : psum[rank - 1];
         source.num_rows = psum[rank] - source.first_row;
@@ -52,65 +66,65 @@ __device__ bool find_sources(const Operation& op, const DispatchArgs& args, Sour
     return !op.failed();
 }
 
-// Rows at their destination were counted from this source's first; now its first row there is known.
-__device__ void finish_dst_rows(const Operation& op, const DispatchArgs& args, uint32_t* first_row) {
-    const uint32_t num_ranks = op.window.num_ranks;
-    for (uint32_t receiver = threadIdx.x; receiver < num_ranks; receiver += blockDim.x) {
-        uint32_t base = 0;
-        for (uint32_t source = 0; source < op.window.rank; ++source) {
-            const uint64_t at = op.matrix_at(source) + receiver * 8;
-            base += word_value(load_acquire_sys(reinterpret_cast<uint64_t*>(op.transport.local(at))));
-        }
-        first_row[receiver] = base;
-    }
-    __syncthreads();
-    const uint64_t total = uint64_t{args.num_tokens} * args.num_slots;
-    for (uint64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < total; i += gridDim.x * blockDim.x) {
-        const int32_t rank = pointer<const int32_t>(args.dst_rank)[i];
-        if (rank >= 0) pointer<int32_t>(args.dst_row)[i] += static_cast<int32_t>(first_row[rank]);
-    }
-}
+// The warps that keep the books while others move rows: threads of the whole grid, numbered.
+struct Clerk {
+    const Operation& op;
+    const DispatchArgs& args;
+    uint32_t thread, num_threads;
 
-// Rows nothing arrives in: mark the compact tail (CONTRACT, 'Tails').
-__device__ void mark_tail(const Operation& op, const DispatchArgs& args, bool is_expanded) {
-    const uint64_t begin = pointer<const int32_t>(args.psum_ranks)[op.window.num_ranks - 1];
-    const uint64_t first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
-    for (uint64_t row = begin + first; row < args.num_compact_rows; row += step) {
-        pointer<int32_t>(args.recv_src_token)[row] = -1;
-    }
-    const uint64_t end = uint64_t{args.num_compact_rows} * args.num_topk;
-    for (uint64_t i = begin * args.num_topk + first; i < end; i += step) {
-        if (is_expanded) {
-            pointer<int32_t>(args.expanded_row)[i] = -1;
-        } else {
-            pointer<int64_t>(args.recv_topk_idx)[i] = -1;
-            if (args.recv_topk_weights) pointer<float>(args.recv_topk_weights)[i] = 0.0f;
+    // Rows at their destination were counted from this source's first; now its first row there is known.
+    __device__ void finish_dst_rows(const uint32_t* first_row) const {
+        const uint32_t total = args.num_tokens * args.num_slots;
+#pragma unroll 4
+        for (uint32_t i = thread; i < total; i += num_threads) {
+            const int32_t rank = pointer<const int32_t>(args.dst_rank)[i];
+            if (rank >= 0) pointer<int32_t>(args.dst_row)[i] += static_cast<int32_t>(first_row[rank]);
         }
     }
-}
 
-// Rows between experts and after the last one: weight 0; the former all zero if asked for. One CTA per expert at a time.
-__device__ void clear_padding(const Operation& op, const DispatchArgs& args, uint32_t num_local) {
-    const uint32_t* start = pointer<const uint32_t>(op.window.scratch);
-    float* weights = pointer<float>(args.recv_topk_weights);
-    for (uint32_t expert = blockIdx.x; expert < num_local; expert += gridDim.x) {
-        const uint32_t count = pointer<const uint32_t>(args.counts_out)[expert];
-        const uint64_t begin = start[expert] + count, end = start[expert] + align_up(count, args.alignment);
-        const uint64_t tail_end = expert + 1 == num_local ? args.num_rows : end;
-        if (weights != nullptr) {
-            for (uint64_t row = begin + threadIdx.x; row < tail_end; row += blockDim.x) weights[row] = 0.0f;
+    // Rows nothing arrives in: mark the compact tail (CONTRACT, 'Tails').
+    __device__ void mark_tail(uint32_t begin, bool is_expanded) const {
+        for (uint32_t row = begin + thread; row < args.num_compact_rows; row += num_threads) {
+            pointer<int32_t>(args.recv_src_token)[row] = -1;
         }
-        if (!args.do_zero_padding) continue;
-        const Vec16 zero = {{0, 0, 0, 0}};
+        const uint64_t end = uint64_t{args.num_compact_rows} * args.num_topk;
+        for (uint64_t i = uint64_t{begin} * args.num_topk + thread; i < end; i += num_threads) {
+            if (is_expanded) {
+                pointer<int32_t>(args.expanded_row)[i] = -1;
+            } else {
+                pointer<int64_t>(args.recv_topk_idx)[i] = -1;
+                if (args.recv_topk_weights) pointer<float>(args.recv_topk_weights)[i] = 0.0f;
+            }
+        }
+    }
+
+    // Rows between experts and after the last one: weight 0; the former all zero if asked for. A warp per expert.
+    __device__ void clear_padding(uint32_t num_local) const {
+        const uint32_t* start = pointer<const uint32_t>(op.window.scratch);
+        float* weights = pointer<float>(args.recv_topk_weights);
+        const uint32_t lane = lane_index();
         const uint64_t vecs_per_row = args.cut.row_bytes / sizeof(Vec16);
-        for (uint64_t i = begin * vecs_per_row + threadIdx.x; i < end * vecs_per_row; i += blockDim.x) {
-            pointer<Vec16>(args.recv_x)[i] = zero;
+        for (uint32_t expert = thread / kWarpSize; expert < num_local; expert += num_threads / kWarpSize) {
+            const uint32_t count = pointer<const uint32_t>(args.counts_out)[expert];
+            const uint64_t begin = start[expert] + count, end = start[expert] + align_up(count, args.alignment);
+            if (weights != nullptr) {
+                for (uint64_t row = begin + lane; row < end; row += kWarpSize) weights[row] = 0.0f;
+            }
+            if (!args.do_zero_padding) continue;
+            const Vec16 zero = {{0, 0, 0, 0}};
+            for (uint64_t i = begin * vecs_per_row + lane; i < end * vecs_per_row; i += kWarpSize) {
+                pointer<Vec16>(args.recv_x)[i] = zero;
+            }
+            for (uint64_t i = begin * args.num_sf + lane; i < end * args.num_sf; i += kWarpSize) {
+                pointer<uint32_t>(args.recv_sf)[i] = 0;
+            }
         }
-        for (uint64_t i = begin * args.num_sf + threadIdx.x; i < end * args.num_sf; i += blockDim.x) {
-            pointer<uint32_t>(args.recv_sf)[i] = 0;
-        }
+        if (weights == nullptr || num_local == 0) return;
+        const uint32_t count = pointer<const uint32_t>(args.counts_out)[num_local - 1];
+        const uint64_t end = start[num_local - 1] + align_up(count, args.alignment);
+        for (uint64_t row = end + thread; row < args.num_rows; row += num_threads) weights[row] = 0.0f;
     }
-}
+};
 
 template <bool kExpanded>
 __device__ void dispatch(const DispatchArgs& args) {
@@ -119,26 +133,30 @@ __device__ void dispatch(const DispatchArgs& args) {
     __shared__ Source sources[kMaxRanks];
     __shared__ uint32_t header[kMaxRanks * kHeaderWords];
     __shared__ uint32_t first_row[kMaxRanks], num_passes;
-    const Operation op(args.window);
-    const uint32_t num_local = args.num_topk ? args.num_experts / op.window.num_ranks : 0;
-    const uint32_t warp = warp_index(), num_stagers = args.cut.num_stage_warps;
+    const Operation op(args.window, whole_cta());
+    const uint32_t num_ranks = op.window.num_ranks, num_local = args.num_topk ? args.num_experts / num_ranks : 0;
+    const uint32_t warp = warp_index(), num_stagers = args.cut.num_stage_warps, num_warps = args.cut.num_warps;
+    const uint32_t* expert_base = pointer<const uint32_t>(op.window.scratch);
     WarpPipe::init(barriers);
-    // Everyone must have decided alike before anyone leaves: only CTA 0 of notify sets the error, and it is done.
-    if (!op.failed() && find_sources(op, args, sources, header, &num_passes)) {
-        if (!args.is_cached) {
-            finish_dst_rows(op, args, first_row);
-            mark_tail(op, args, kExpanded);
-            if constexpr (kExpanded) clear_padding(op, args, num_local);
-        }
-        WarpPipe pipe(shared, barriers, args.cut);
-        if (num_stagers != 0) op.wait_readers();
-        if (warp < num_stagers) {
+    if (!op.failed() && find_sources(op, args, sources, header, first_row, &num_passes)) {
+        WarpPipe pipe(shared + warp * args.cut.slots_per_warp * args.cut.slot_bytes, barriers, warp % kMaxWarps, args.cut);
+        if (warp >= num_warps) {
+            if (!args.is_cached) {
+                const uint32_t own = threadIdx.x - num_warps * kWarpSize, per_cta = blockDim.x - num_warps * kWarpSize;
+                const Clerk clerk{op, args, blockIdx.x * per_cta + own, gridDim.x * per_cta};
+                unpack_metadata<kExpanded>(op, args, sources, expert_base, num_local, clerk.thread, clerk.num_threads);
+                clerk.finish_dst_rows(first_row);
+                clerk.mark_tail(sources[num_ranks - 1].first_row + sources[num_ranks - 1].num_rows, kExpanded);
+                if constexpr (kExpanded) clerk.clear_padding(num_local);
+            }
+        } else if (warp < num_stagers) {
+            op.wait_readers();
             const uint32_t num_chunks = ceil_div(args.num_tokens, kFlagRows);
             stage_chunks(op, args, pipe, &op.control->next_stage, args.num_early_chunks, num_chunks);
-        } else if (warp < args.cut.num_warps) {
+        } else {
             const uint32_t worker = (warp - num_stagers) * gridDim.x + blockIdx.x;
-            Puller<kExpanded> puller{op, args, sources, pipe, worker, (args.cut.num_warps - num_stagers) * gridDim.x};
-            puller.run(num_passes, pointer<const uint32_t>(op.window.scratch), num_local);
+            const uint32_t num_workers = (num_warps - num_stagers) * gridDim.x;
+            Puller<kExpanded>{op, args, sources, pipe, worker, num_workers, expert_base, num_local}.run(num_passes);
         }
     }
     op.leave(true, args.is_in_window != 0);

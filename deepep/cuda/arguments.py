@@ -71,7 +71,8 @@ class DispatchArgs(ctypes.Structure):
     _fields_ = [
         ("window", Window),
         *_u64("x", "sf"),
-        ("sf_stride_token", ctypes.c_int64), ("sf_stride_column", ctypes.c_int64),
+        ("sf_stride_token", ctypes.c_int64),
+        ("sf_stride_column", ctypes.c_int64),
         *_u64("topk_idx", "topk_weights", "is_token_in_rank", "tokens_per_expert", "dst_rank", "dst_row"),
         *_u64("rank_prefix_matrix", "psum_ranks", "counts_out", "stats", "wait_stats"),
         *_u64("recv_x", "recv_sf", "recv_topk_idx", "recv_topk_weights", "recv_src_token", "expanded_row"),
@@ -80,7 +81,7 @@ class DispatchArgs(ctypes.Structure):
         *_u32("num_tokens", "num_slots", "num_topk", "num_experts", "num_sf", "sf_format", "hidden"),
         *_u32("ring_rows", "sf_pitch", "is_in_window", "room", "num_rows", "num_compact_rows", "alignment"),
         *_u32("do_zero_padding", "is_cached", "is_exact", "is_expanded", "num_early_chunks", "num_walkers"),
-        *_u32("metadata_rows"),
+        *_u32("metadata_rows", "sf_is_bulk", "recv_sf_is_bulk"),
         ("cut", Cut),
     ]
 
@@ -97,6 +98,7 @@ class CombineArgs(ctypes.Structure):
         *_u32("num_tokens", "num_slots", "num_topk", "num_local_experts", "num_compact_rows"),
         *_u32("ring_rows", "weights_pitch", "is_in_window", "is_owner_only", "is_per_copy"),
         ("cut", Cut),
+        ("copy_cut", Cut),
     ]
 
 

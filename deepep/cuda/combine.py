@@ -57,8 +57,11 @@ def combine(engine: Engine, request: CombineRequest) -> CombineResult:
     args.cut = kernels.cut_rows(
         row_bytes, 0, kernels.COMBINE_PIECE_BYTES, kernels.MAX_COMBINE_WARPS, engine.smem_bytes, "combine"
     )
+    per_warp = int(args.cut.slot_bytes * args.cut.slots_per_warp)
+    copy_piece = min(kernels.COPY_PIECE_BYTES, per_warp // 4 & ~127)
+    args.copy_cut = kernels.cut_rows(row_bytes, 0, copy_piece, 1, per_warp, "combine")
     sums = is_expanded and not is_per_copy
-    _place_ring(engine, args, x, row_bytes, can_stay=not is_expanded)
+    _place_ring(engine, args, x, row_bytes, can_stay=not is_expanded, has_weights=given is not None)
     must_stage = not args.is_in_window or given is not None
     args.cut.num_stage_warps = min(_NUM_SUM_WARPS if sums else _NUM_STAGE_WARPS, args.cut.num_warps - 1) * must_stage
     flags = (
@@ -70,8 +73,8 @@ def combine(engine: Engine, request: CombineRequest) -> CombineResult:
         args.wait_stats = request.wait_recv_cost_stats.data_ptr()
     num_sms = engine.num_sms(request.num_sms)
     engine.prepare(args.window, routing.num_experts)
-    smem = int(args.cut.slot_bytes * args.cut.slots_per_warp * args.cut.num_warps)
-    engine.launch(kernels.COMBINE[_KINDS[x.dtype], sums], num_sms, 32 * args.cut.num_warps, smem, args)
+    spec, smem = kernels.COMBINE[_KINDS[x.dtype], sums], kernels.pipe_bytes(args.cut)
+    engine.launch(spec, num_sms, 32 * args.cut.num_warps, smem, args)
     return CombineResult(out, weights)
 
 
@@ -93,10 +96,12 @@ def _point_to_routing(args: CombineArgs, request: CombineRequest) -> None:
         args.expanded_row = routing.expanded_row.data_ptr()
 
 
-def _place_ring(engine: Engine, args: CombineArgs, x: torch.Tensor, row_bytes: int, *, can_stay: bool) -> None:
+def _place_ring(
+    engine: Engine, args: CombineArgs, x: torch.Tensor, row_bytes: int, *, can_stay: bool, has_weights: bool
+) -> None:
     """Divide the payload region into one ring per home, or find that rows can stay where they are."""
     payload, room = engine.window_map.payload, engine.ring_bytes
-    args.weights_pitch = kernels.align_up(4 * args.num_topk, 16) if args.topk_weights else 0
+    args.weights_pitch = kernels.align_up(4 * args.num_topk, 16) if has_weights else 0
     copies = args.num_topk if args.is_per_copy else 1
     offset = engine.memory.offset_of(x) if can_stay and x.numel() else None
     staged = 0 if offset is not None and offset % 16 == 0 else row_bytes * copies

@@ -9,7 +9,7 @@ import torch
 from deepep import quant
 from deepep.backends.base import DispatchRequest, DispatchResult, Layout, Routing
 from deepep.cuda import kernels
-from deepep.cuda.arguments import FLAG_ROWS, MAX_TOPK, NO_ENTRY, POSITION_BITS, DispatchArgs, HostWord
+from deepep.cuda.arguments import FLAG_ROWS, MAX_TOPK, NO_ENTRY, POSITION_BITS, Cut, DispatchArgs, HostWord
 from deepep.cuda.engine import Engine
 from deepep.cuda.status import dtype_word, op_word
 from deepep.cuda.window import MAX_LOCAL_EXPERTS, NUM_FLAGS, NUM_PASSES, metadata_row_bytes
@@ -99,10 +99,13 @@ class _Dispatch:
         elif sf is not None:
             args.num_sf = sf.shape[1]
             args.sf, args.sf_stride_token, args.sf_stride_column = sf.data_ptr(), sf.stride(0), sf.stride(1)
+            is_aligned = args.num_sf % 4 == 0 and args.sf % 16 == 0 and sf.stride(0) % 4 == 0
+            args.sf_is_bulk = is_aligned and sf.stride(1) == 1 and args.num_sf > 0
         if x.data_ptr() % 16:
             x = x.clone()
             self.keep.append(x)
         args.x = x.data_ptr()
+        args.recv_sf_is_bulk = args.num_sf % 4 == 0
         args.sf_pitch = kernels.align_up(4 * args.num_sf, 16)
         args.cut = kernels.cut_rows(
             row_bytes, args.sf_pitch, kernels.DISPATCH_PIECE_BYTES, kernels.MAX_DISPATCH_WARPS, engine.smem_bytes,
@@ -213,16 +216,22 @@ class _Dispatch:
 
     def _notify(self) -> None:
         args, engine = self.args, self.engine
-        columns = (args.num_experts if self.num_topk else 0) + engine.num_ranks
-        args.num_walkers = max(1, min(kernels.NOTIFY_THREADS // 32, engine.smem_bytes // (4 * columns)))
-        if 4 * columns > engine.smem_bytes:
+        num_ranks = engine.num_ranks
+        columns = (args.num_experts if self.num_topk else 0) + num_ranks
+        exchange = 4 * (num_ranks * (16 + num_ranks) + args.num_experts)
+        walkers = max(1, min(kernels.MAX_WALKERS, engine.smem_bytes // 4 // (4 * columns)))
+        counting = kernels.align_up(max(walkers * columns * 4, exchange), 128)
+        if counting > engine.smem_bytes // 2:
             raise InvalidArgument(f"dispatch: {args.num_experts} experts are too many for this GPU's shared memory")
-        smem = max(args.num_walkers * columns * 4, self._pipe_bytes(), engine.num_ranks * (16 + engine.num_ranks) * 4)
-        engine.launch(kernels.NOTIFY, self.num_sms, kernels.NOTIFY_THREADS, smem, args)
-
-    def _pipe_bytes(self) -> int:
-        cut = self.args.cut
-        return int(cut.slot_bytes * cut.slots_per_warp * cut.num_warps)
+        pull_cut = Cut.from_buffer_copy(args.cut)  # a member is a view: take it out before it is replaced
+        args.num_walkers = walkers
+        args.cut = kernels.cut_rows(
+            pull_cut.row_bytes, args.sf_pitch, kernels.DISPATCH_PIECE_BYTES, kernels.MAX_STAGE_WARPS,
+            engine.smem_bytes - counting, "dispatch",
+        )  # fmt: skip
+        threads = 32 * (walkers + args.cut.num_warps)
+        engine.launch(kernels.NOTIFY, self.num_sms, threads, kernels.pipe_bytes(args.cut) + counting, args)
+        args.cut = pull_cut
 
     def _with_counts(self, routing: Routing) -> Routing:
         """Wait for the counts and size everything exactly."""
@@ -269,7 +278,8 @@ class _Dispatch:
                 args.recv_topk_weights = weights.data_ptr()
             routing = replace(routing, recv_src_token=src_token, expanded_row=expanded_row)
         spec = kernels.DISPATCH_EXPANDED if self.is_expanded else kernels.DISPATCH_COMPACT
-        self.engine.launch(spec, self.num_sms, 32 * args.cut.num_warps, self._pipe_bytes(), args)
+        threads = 32 * (args.cut.num_warps + kernels.NUM_CLERK_WARPS)
+        self.engine.launch(spec, self.num_sms, threads, kernels.pipe_bytes(args.cut), args)
         if request.routing is not None:
             return DispatchResult(recv_x, recv_sf, idx, weights, None, [], request.routing)
         counts = self.aligned if self.is_exact else []

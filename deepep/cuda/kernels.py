@@ -18,11 +18,16 @@ COMBINE = {
 }
 
 MAX_SLOTS_PER_WARP = 8
-MAX_DISPATCH_WARPS = 16
+MAX_DISPATCH_WARPS = 14
+NUM_CLERK_WARPS = 2
+"""Warps of a dispatch kernel that write metadata while the others move rows."""
 MAX_COMBINE_WARPS = 12
+MAX_STAGE_WARPS = 8
+MAX_WALKERS = 8
+"""Warps of notify that move rows, and that count."""
 DISPATCH_PIECE_BYTES = 8192
-COMBINE_PIECE_BYTES = 4096
-NOTIFY_THREADS = 512
+COMBINE_PIECE_BYTES = 2048
+COPY_PIECE_BYTES = 4096
 BARRIER_THREADS = 128
 STATIC_SMEM_BYTES = 12 << 10
 """More than any kernel's static shared memory."""
@@ -66,3 +71,8 @@ def cut_rows(row_bytes: int, extra_bytes: int, max_piece: int, max_warps: int, s
         )
     warps = min(max_warps, total // 2)
     return Cut(row_bytes, piece, num_pieces, slot, min(MAX_SLOTS_PER_WARP, total // warps), warps)
+
+
+def pipe_bytes(cut: Cut) -> int:
+    """Dynamic shared memory that a cut takes."""
+    return int(cut.slot_bytes * cut.slots_per_warp * cut.num_warps)

@@ -67,7 +67,7 @@ def metadata_row_bytes(num_topk: int) -> int:
 
 def _metadata_bytes(num_ranks: int, options: BackendOptions) -> int:
     if options.num_max_tokens_per_rank and options.num_topk:
-        needed = options.num_max_tokens_per_rank * metadata_row_bytes(options.num_topk)
+        needed = align_up(options.num_max_tokens_per_rank, 4) * metadata_row_bytes(options.num_topk)
     else:
         needed = max(MIN_METADATA_BYTES, options.num_bytes // (16 * num_ranks))
     return align_up(needed, 256)

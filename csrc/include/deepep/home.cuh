@@ -23,12 +23,18 @@ struct HomeSums {
     const CombineArgs& args;
     const Owner* owners;
     bool gives_credit;
+    uint32_t ahead = 0;  // lane 0: the ticket after the one in use, asked for early
+
+    __device__ void ask() {
+        if (lane_index() == 0) ahead = atomicAdd(&op.control->next_job, 1);
+    }
 
     __device__ uint32_t slot_of(const Owner& owner, uint32_t row) const { return (row - owner.first_row) % owner.ring; }
 
     __device__ bool load(Job& job) {
-        const uint32_t token = take_ticket(&op.control->next_job);
+        const uint32_t token = __shfl_sync(kFullMask, ahead, 0);
         if (token >= args.num_tokens) return false;
+        ask();
         job.clear();
         job.number = token;
         const uint64_t first = uint64_t{token} * args.num_slots;
@@ -80,9 +86,7 @@ struct HomeSums {
 
     __device__ void start(Job& job) {
         if (args.out_weights == 0) return;
-        for (uint64_t left = job.mask; left != 0; left &= left - 1) {
-            job.await(op, __ffsll(static_cast<long long>(left)) - 1, true);
-        }
+        job.await(op, job.mask, true);
         const uint64_t first = uint64_t{job.number} * args.num_slots;
         for (uint32_t k = lane_index(); k < args.num_topk; k += kWarpSize) {
             int home_rank = -1;

@@ -13,13 +13,18 @@ constexpr uint32_t kLlThreads = 512;
 constexpr uint32_t kLlBlocksPerSm = 2;
 constexpr uint32_t kLlBanks = 2;  // of the window
 
-__device__ __forceinline__ void red_release_gpu(uint32_t* address, uint32_t value) {
-    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+// For words that say all there is to say, and whatever is ordered otherwise.
+__device__ __forceinline__ uint64_t load_relaxed_sys(const uint64_t* address) {
+    uint64_t value;
+    asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+    return value;
 }
 
 __device__ __forceinline__ uint64_t ll_word(uint32_t epoch, uint32_t value) {
     return static_cast<uint64_t>(epoch) << 32 | value;
 }
+
+constexpr uint32_t kNotFree = 0xffffffffu;
 
 // What every thread of a block wants to know at once; read in one go when the block starts, then kept in shared memory.
 struct LlShared {
@@ -27,6 +32,7 @@ struct LlShared {
     uint32_t mask[kLlMaxRanks];
     uint32_t credit[kLlBanks][kLlMaxRanks];  // epoch of the last use of each bank that a rank is through with
     uint32_t waited_ns[kLlMaxRanks];         // longest wait of this block for each rank, where statistics are asked for
+    uint32_t free_epoch[kLlBanks];           // epoch of the last use of each bank that this rank is through with
     uint32_t epoch;
 };
 
@@ -39,7 +45,8 @@ struct LlCall {
     LlState* const state;
     const uint64_t deadline;
     uint32_t epoch;
-    uint64_t bank;  // byte offset
+    uint64_t bank;          // byte offset
+    uint32_t num_before;    // of one thread: blocks that knew their epoch before this one
 
     __device__ LlCall(const LlCommon& common, LlOp operation, LlShared& block)
         : args(common),
@@ -61,31 +68,35 @@ struct LlCall {
 
     // Start: issue all loads that nothing depends on. `credits` is where peers say what they are through with.
     __device__ void prepare(uint64_t credits, uint64_t call_epoch) const {
-        constexpr uint32_t kEpochThread = 3 * kWarpSize;  // of another warp than those that look at ranks
+        // Of other warps than those that look at ranks.
+        constexpr uint32_t kEpochThread = 3 * kWarpSize, kBankThread = 4 * kWarpSize;
         if (threadIdx.x < args.shape.num_ranks) {
-            for (uint32_t b = 0; b < kLlBanks; ++b) {
-                const uint64_t at = args.own_base + credits + b * args.window.bank_stride + 8 * threadIdx.x;
-                shared.credit[b][threadIdx.x] = static_cast<uint32_t>(load_acquire_sys(pointer<uint64_t>(at)) >> 32);
-            }
+            const uint64_t* word = pointer<const uint64_t>(args.own_base + credits) + threadIdx.x;
+            uint64_t seen[kLlBanks];
+            for (uint32_t b = 0; b < kLlBanks; ++b) seen[b] = load_relaxed_sys(word + b * args.window.bank_stride / 8);
+            for (uint32_t b = 0; b < kLlBanks; ++b) shared.credit[b][threadIdx.x] = static_cast<uint32_t>(seen[b] >> 32);
         } else if (threadIdx.x == kEpochThread) {
             const bool is_sending = (args.phases & kLlSend) != 0;
             const volatile uint32_t* last = &state->epoch[op];
             shared.epoch = is_sending ? *last + 1 : *pointer<const volatile uint32_t>(call_epoch);
+        } else if (threadIdx.x - kBankThread < kLlBanks) {
+            // Blocks of this launch may have ended before this one starts, hence "at least".
+            const uint32_t b = threadIdx.x - kBankThread;
+            const uint32_t last = *(volatile uint32_t*)&state->read_epoch[op][b];
+            const uint32_t readers = *(volatile uint32_t*)&state->num_readers[op][b];
+            const uint32_t read = *(volatile uint32_t*)&state->num_read[op][b];
+            shared.free_epoch[b] = static_cast<int32_t>(read - readers) >= 0 ? last : kNotFree;
         }
     }
 
-    // Once all threads of the block are through with prepare().
+    // Once all threads of the block are through with prepare(). Nobody waits for the count of blocks until end().
     __device__ void begin(uint64_t call_epoch) {
         __syncthreads();
         epoch = shared.epoch;
         bank = (epoch % kLlBanks) * args.window.bank_stride;
         if (threadIdx.x != kLlThreads - 1) return;
         if (args.phases & kLlSend) {
-            // The last block to know the epoch moves it on for the next launch.
-            if (add_acq_rel_gpu(&state->num_started[op], 1) == gridDim.x - 1) {
-                state->num_started[op] = 0;
-                state->epoch[op] = epoch;
-            }
+            num_before = atomicAdd(&state->num_started[op], 1);
             if (args.phases == kLlSend && blockIdx.x == 0) *pointer<uint32_t>(call_epoch) = epoch;
         } else if (blockIdx.x == 0) {
             announce_readers();
@@ -97,19 +108,14 @@ struct LlCall {
         state->num_readers[op][epoch % kLlBanks] += gridDim.x;
     }
 
-    // By one block of a sending launch: tell the peers which banks this rank is through with. Blocks of this launch may
-    // have ended before this one starts, hence "at least".
+    // By one block of a sending launch: tell the peers which banks this rank is through with.
     __device__ void publish_credits(uint64_t credits) const {
         const uint32_t rank = threadIdx.x;
         for (uint32_t b = 0; rank < args.shape.num_ranks && !is_masked(rank) && b < kLlBanks; ++b) {
-            const uint32_t last = *(volatile uint32_t*)&state->read_epoch[op][b];
-            const uint32_t readers = *(volatile uint32_t*)&state->num_readers[op][b];
-            const uint32_t read = load_acquire_gpu(&state->num_read[op][b]);
-            if (static_cast<int32_t>(read - readers) < 0) continue;
+            if (shared.free_epoch[b] == kNotFree) continue;
             const uint64_t at = credits + b * args.window.bank_stride + 8 * args.shape.rank;
-            transport.signal(rank, at, static_cast<uint64_t>(last) << 32);
+            transport.signal(rank, at, static_cast<uint64_t>(shared.free_epoch[b]) << 32);
         }
-        __syncthreads();
         if (threadIdx.x == 0 && args.phases & kLlRecv) announce_readers();
     }
 
@@ -120,15 +126,20 @@ struct LlCall {
         uint32_t last = shared.credit[epoch % kLlBanks][rank];
         for (uint32_t spin = 1; static_cast<int32_t>(last + kLlBanks - epoch) < 0; ++spin) {
             if (spin % kSpinsPerCheck == 0 && has_given_up(rank)) return;
-            last = static_cast<uint32_t>(load_acquire_sys(own_word(credits, rank)) >> 32);
+            last = static_cast<uint32_t>(load_relaxed_sys(own_word(credits, rank)) >> 32);
         }
     }
 
-    // The block has read all it will; nothing waits for this to arrive.
+    // The block has read all it will: what it loaded went into stores before the barrier, so a plain count will do, and
+    // nobody waits for it. The last block that learnt its epoch moves it on for the next launch.
     __device__ void end() const {
         __syncthreads();
+        if (args.phases & kLlSend && threadIdx.x == kLlThreads - 1 && num_before == gridDim.x - 1) {
+            state->num_started[op] = 0;
+            state->epoch[op] = epoch;
+        }
         if (!(args.phases & kLlRecv)) return;
-        if (threadIdx.x == 0) red_release_gpu(&state->num_read[op][epoch % kLlBanks], 1);
+        if (threadIdx.x == 0) atomicAdd(&state->num_read[op][epoch % kLlBanks], 1);
         if (args.wait_stats != 0 && blockIdx.x == 0 && threadIdx.x < args.shape.num_ranks) {
             pointer<uint64_t>(args.wait_stats)[threadIdx.x] += shared.waited_ns[threadIdx.x] / 1000;
         }
@@ -146,18 +157,20 @@ struct LlCall {
         transport.signal(rank, offset + bank + 8 * index, ll_word(epoch, value));
     }
 
-    // A word of this epoch, if it is there.
+    // A word of this epoch, if it is there. With kData, so is what was written before it.
+    template <bool kData>
     __device__ bool peek(const uint64_t* word, uint32_t& value) const {
-        const uint64_t seen = load_acquire_sys(word);
+        const uint64_t seen = kData ? load_acquire_sys(word) : load_relaxed_sys(word);
         value = static_cast<uint32_t>(seen);
         return static_cast<uint32_t>(seen >> 32) == epoch;
     }
 
     // Wait for a word of this epoch that `rank` writes. False if the rank is masked or did not arrive in time.
+    template <bool kData>
     __device__ bool wait(uint32_t rank, const uint64_t* word, uint32_t& value) const {
         constexpr uint32_t kSpinsPerCheck = 64;
         const uint64_t start = args.wait_stats != 0 ? global_timer_ns() : 0;
-        for (uint32_t spin = 1; !peek(word, value); ++spin) {
+        for (uint32_t spin = 1; !peek<kData>(word, value); ++spin) {
             if (spin % kSpinsPerCheck == 0 && has_given_up(rank)) return false;
         }
         if (args.wait_stats != 0) {
@@ -201,8 +214,7 @@ struct Team {
     __device__ uint32_t global_count() const { return gridDim.x * per_block(); }
 };
 
-// Barriers 1..15 are for teams, so a block has at most 8 of them.
-constexpr uint32_t kLlMinTeamThreads = 64;
+constexpr uint32_t kLlMinTeamThreads = 128;
 constexpr uint32_t kLlMaxTeams = kLlThreads / kLlMinTeamThreads;
 
 }  // namespace deepep

@@ -105,7 +105,7 @@ struct LlCombineArgs {
     uint32_t is_per_copy;
     uint32_t use_logfmt;
     uint32_t has_sent_weights;  // this rank's dispatch carried the weights
-    uint32_t pad;
+    uint32_t keeps_own;         // sums of its own tokens stay in shared memory, [team, H]; else they go through the window
 };
 
 struct LlCleanArgs {

@@ -7,6 +7,15 @@
 
 namespace deepep {
 
+// Threads of a CTA that work together: whole warps, with a barrier of their own.
+struct Team {
+    uint32_t index, size, barrier;
+
+    __device__ void sync() const { sync_threads(barrier, size); }
+};
+
+__device__ __forceinline__ Team whole_cta() { return {threadIdx.x, blockDim.x, 0}; }
+
 // One CTA's view of the running operation. Made by every thread.
 struct Operation {
     const Window& window;
@@ -14,9 +23,10 @@ struct Operation {
     Control* control;
     uint32_t epoch, bank;
     uint64_t deadline;
+    Team team;
 
-    __device__ explicit Operation(const Window& w)
-        : window(w), transport(w.peers, w.rank, w.num_ranks) {
+    __device__ Operation(const Window& w, const Team& members)
+        : window(w), transport(w.peers, w.rank, w.num_ranks), team(members) {
         control = reinterpret_cast<Control*>(transport.local(0));
         epoch = *reinterpret_cast<volatile uint32_t*>(&control->epoch) + 1;
         bank = epoch % 2;
@@ -90,6 +100,7 @@ struct Operation {
                 if (found != nullptr) *found = now;
                 return true;
             }
+            if (spins > 4) __nanosleep(40);  // leave the issue slots to warps that move rows
             if (spins % 32 == 0) {
                 if (global_timer_ns() > deadline) {
                     host_word(kHostMissing + static_cast<int>(peer), 1);
@@ -104,11 +115,11 @@ struct Operation {
         }
     }
 
-    // All CTAs of the grid; the n-th barrier of a kernel. They are few enough to be resident together.
+    // All CTAs' teams; the n-th barrier of a kernel. They are few enough to be resident together.
     __device__ bool grid_barrier(uint32_t n) const {
         __shared__ uint32_t passed;
-        __syncthreads();
-        if (threadIdx.x == 0) {
+        team.sync();
+        if (team.index == 0) {
             add_acq_rel_gpu(&control->arrivals, 1);
             passed = 1;
             for (uint32_t spins = 1; load_acquire_gpu(&control->arrivals) < n * gridDim.x; ++spins) {
@@ -118,14 +129,14 @@ struct Operation {
                 }
             }
         }
-        __syncthreads();
+        team.sync();
         return passed != 0;
     }
 
     // One CTA tells every peer about this rank. psum: inclusive, of own compact rows by source (combine), or null.
     __device__ void send_headers(const uint32_t* agreed, uint32_t tokens, uint32_t rows, uint32_t sf, uint32_t ring,
                                  uint32_t room, uint32_t is_in_window, uint32_t refused, const int32_t* psum) const {
-        for (uint32_t i = threadIdx.x; i < window.num_ranks * kHeaderWords; i += blockDim.x) {
+        for (uint32_t i = team.index; i < window.num_ranks * kHeaderWords; i += team.size) {
             const uint32_t peer = i / kHeaderWords, field = i % kHeaderWords;
             uint32_t value = 0;
             if (field < kNumAgreed) value = agreed[field];
@@ -144,19 +155,19 @@ struct Operation {
 
     // Wait for all words of a peer's header; the threads of a CTA share the work. header: [R][kHeaderWords] in shared.
     __device__ void wait_headers(uint32_t* header) const {
-        for (uint32_t i = threadIdx.x; i < window.num_ranks * kHeaderWords; i += blockDim.x) {
+        for (uint32_t i = team.index; i < window.num_ranks * kHeaderWords; i += team.size) {
             const uint32_t peer = i / kHeaderWords, field = i % kHeaderWords;
             header[i] = 0;
             uint64_t word = 0;
             const uint64_t* address = reinterpret_cast<const uint64_t*>(transport.local(header_at(peer) + field * 8));
             if (wait_counted(address, epoch, 0, peer, &word)) header[i] = word_value(word);
         }
-        __syncthreads();
+        team.sync();
     }
 
     // Compare headers; one thread per rank finds the first difference.
     __device__ void compare_headers(const uint32_t* header) const {
-        const uint32_t peer = threadIdx.x;
+        const uint32_t peer = team.index;
         if (peer < window.num_ranks && peer != window.rank && !failed()) {
             const uint32_t* theirs = header + peer * kHeaderWords;
             const uint32_t* ours = header + window.rank * kHeaderWords;
@@ -171,15 +182,15 @@ struct Operation {
                 }
             }
         }
-        __syncthreads();
+        team.sync();
     }
 
-    // Before the payload is overwritten: every peer has read what it wanted of the epoch before.
+    // Before the payload is overwritten: every peer has read what it wanted of the epoch before. One warp.
     __device__ void wait_readers() const {
-        for (uint32_t peer = threadIdx.x; peer < window.num_ranks; peer += blockDim.x) {
+        for (uint32_t peer = lane_index(); peer < window.num_ranks; peer += kWarpSize) {
             wait(reinterpret_cast<const uint64_t*>(transport.local(window.done + peer * 8)), epoch - 1, 0, peer);
         }
-        __syncthreads();
+        __syncwarp();
     }
 
     // Every CTA leaves here. `closes`: the operation ends with this kernel. `keeps_input`: the user may write to the

@@ -109,8 +109,6 @@ struct HomeRing {
     // One lane, after a __syncwarp that follows every write of the row.
     __device__ void raise_flag(uint32_t home, uint32_t index) const {
         const uint64_t at = uint64_t{op.window.rank} * op.window.num_flags + index % args.ring_rows;
-        fence_bulk();
-        fence_sys();
         op.transport.release_signal(home, op.window.flags + at * 8, make_word(op.epoch, index / args.ring_rows));
     }
     // Weights of a compact row go beside it: its own K, or those of its expanded rows.
@@ -131,38 +129,73 @@ struct HomeRing {
     }
 };
 
-// A warp copies batches into the rings until none are left.
+// Rows as they are; a Provider for Copier.
+struct BatchCopies {
+    const Operation& op;
+    const CombineArgs& args;
+    BatchSource source;
+    HomeRing ring;
+
+    __device__ BatchCopies(const Operation& o, const CombineArgs& a, const uint32_t* header)
+        : op(o), args(a), source(o, a, header, false), ring{o, a} {}
+
+    __device__ uint32_t first_row(uint32_t home) const {
+        return home == 0 ? 0 : pointer<const uint32_t>(args.psum_ranks)[home - 1];
+    }
+    __device__ Batch batch_of(const CopyJob& job) const {
+        return {job.group, job.number, job.number + job.num_rows, first_row(job.group)};
+    }
+
+    __device__ bool load(CopyJob& job) {
+        Batch batch;
+        if (!source.next(batch)) return false;
+        job.number = batch.begin;
+        job.group = batch.home;
+        job.num_rows = batch.end - batch.begin;
+        job.from = pointer<const uint8_t>(args.x) + uint64_t{batch.first_row + batch.begin} * args.cut.row_bytes;
+        job.ring = ring.row(batch.home, 0);
+        job.num_slots = args.ring_rows;
+        job.first_slot = batch.begin % args.ring_rows;
+        job.sf_from = nullptr;
+        return true;
+    }
+    __device__ void begin(const CopyJob& job) const {
+        const Batch batch = batch_of(job);
+        if (lane_index() < job.num_rows) ring.reclaim(batch, batch.begin + lane_index());
+        __syncwarp();
+        for (uint32_t index = batch.begin; index < batch.end; ++index) ring.stage_weights(batch, index);
+    }
+    __device__ void publish(const CopyJob& job) const {
+        if (lane_index() < job.num_rows) ring.raise_flag(job.group, job.number + lane_index());
+    }
+};
+
+// A warp stages batches until none are left.
 __device__ inline void stage_batches(const Operation& op, const CombineArgs& args, WarpPipe& pipe,
                                      const uint32_t* header) {
-    BatchSource source(op, args, header, false);
-    const HomeRing ring{op, args};
+    BatchCopies copies(op, args, header);
+    if (!args.is_in_window && !args.is_per_copy) {
+        Copier<BatchCopies>{pipe, args.copy_cut, copies}.run();
+        return;
+    }
     const uint8_t* x = pointer<const uint8_t>(args.x);
     const uint64_t row_bytes = args.cut.row_bytes;
     Batch batch;
-    while (source.next(batch)) {
+    while (copies.source.next(batch)) {
         const uint32_t lane = lane_index(), num_rows = batch.end - batch.begin;
-        if (lane < num_rows) ring.reclaim(batch, batch.begin + lane);
+        if (lane < num_rows) copies.ring.reclaim(batch, batch.begin + lane);
         __syncwarp();
-        if (args.is_per_copy) {
-            for (uint32_t index = batch.begin; index < batch.end; ++index) {
-                const uint64_t first = uint64_t{batch.first_row + index} * args.num_topk;
-                for (uint32_t k = 0; k < args.num_topk; ++k) {
-                    const int from = pointer<const int32_t>(args.expanded_row)[first + k];
-                    if (from < 0) continue;
-                    warp_copy_rows(
-                        pipe, args.cut, 1, [&](uint32_t) { return x + from * row_bytes; },
-                        [&](uint32_t) { return ring.row(batch.home, index) + k * row_bytes; });
-                }
+        for (uint32_t index = batch.begin; index < batch.end; ++index) {
+            copies.ring.stage_weights(batch, index);
+            if (!args.is_per_copy) continue;
+            const uint64_t first = uint64_t{batch.first_row + index} * args.num_topk;
+            for (uint32_t k = 0; k < args.num_topk; ++k) {
+                const int from = pointer<const int32_t>(args.expanded_row)[first + k];
+                if (from >= 0) warp_copy(copies.ring.row(batch.home, index) + k * row_bytes, x + from * row_bytes, row_bytes);
             }
-        } else if (!args.is_in_window) {
-            warp_copy_rows(
-                pipe, args.cut, num_rows,
-                [&](uint32_t i) { return x + uint64_t{batch.first_row + batch.begin + i} * row_bytes; },
-                [&](uint32_t i) { return ring.row(batch.home, batch.begin + i); });
         }
-        for (uint32_t index = batch.begin; index < batch.end; ++index) ring.stage_weights(batch, index);
         __syncwarp();
-        if (lane < num_rows) ring.raise_flag(batch.home, batch.begin + lane);
+        if (lane < num_rows) copies.ring.raise_flag(batch.home, batch.begin + lane);
     }
 }
 

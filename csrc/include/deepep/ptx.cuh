@@ -51,6 +51,11 @@ __device__ __forceinline__ Vec16 load_stream(const Vec16* address) {
     return v;
 }
 
+// Some of the CTA's warps, by one of its 16 barriers; num_threads is a multiple of 32.
+__device__ __forceinline__ void sync_threads(uint32_t barrier, uint32_t num_threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
+}
+
 __device__ __forceinline__ void fence_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 // Between ordinary accesses and bulk copies of the same global memory, in either direction.
@@ -112,6 +117,9 @@ __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.comm
 // The thread's stores have left shared memory: it may be filled again.
 __device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
+// All but the thread's last four groups of stores are done.
+__device__ __forceinline__ void bulk_wait_done_but_4() { asm volatile("cp.async.bulk.wait_group 4;" ::: "memory"); }
+
 // The thread's stores are done: others may be told.
 __device__ __forceinline__ void bulk_wait_done() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
@@ -125,6 +133,7 @@ __device__ __forceinline__ void bulk_load(void*, const void*, uint32_t, uint64_t
 __device__ __forceinline__ void bulk_store(void*, const void*, uint32_t) {}
 __device__ __forceinline__ void bulk_commit() {}
 __device__ __forceinline__ void bulk_wait_read() {}
+__device__ __forceinline__ void bulk_wait_done_but_4() {}
 __device__ __forceinline__ void bulk_wait_done() {}
 
 #endif

@@ -15,7 +15,8 @@ struct Source {
     const uint32_t* entries;  // [rows, K]
     const float* weights;     // [rows, K]
     uint32_t ring, first_row, num_rows;
-    uint32_t is_direct_sf;    // scale factors are read from the user's tensor
+    uint32_t sf_pitch;
+    uint32_t is_direct_sf;    // scale factors are read from the user's tensor, whatever its strides
 };
 
 // What a lane holds of a batch of rows.
@@ -30,52 +31,33 @@ struct Puller {
     const Source* sources;
     WarpPipe& pipe;
     uint32_t worker, num_workers;
-
-    // Write what the metadata says about 32 rows into the user's tensors.
-    __device__ void unpack(const Item& item, bool is_valid, const uint32_t* expert_base, uint32_t num_local) const {
-        const uint32_t num_topk = args.num_topk, lane = lane_index();
-        if (is_valid) pointer<int32_t>(args.recv_src_token)[item.row] = static_cast<int>(item.token);
-        const uint32_t valid = __ballot_sync(kFullMask, is_valid);
-#pragma unroll 4
-        for (uint32_t step = 0; step < num_topk; ++step) {
-            const uint32_t flat = step * kWarpSize + lane, of = flat / num_topk, k = flat % num_topk;
-            const uint32_t from = __shfl_sync(kFullMask, item.source, static_cast<int>(of));
-            const uint32_t index = __shfl_sync(kFullMask, item.index, static_cast<int>(of));
-            const uint32_t row = __shfl_sync(kFullMask, item.row, static_cast<int>(of));
-            if (!(valid >> of & 1)) continue;
-            const Source& source = sources[from];
-            const uint64_t at = uint64_t{index} * num_topk + k, to = uint64_t{row} * num_topk + k;
-            const uint32_t entry = source.entries[at];
-            const bool is_here = entry != kNoEntry;
-            const float weight = args.topk_weights ? source.weights[at] : 0.0f;
-            const uint32_t expert = entry >> kPositionBits;
-            if constexpr (kExpanded) {
-                const uint32_t position = entry & ((1u << kPositionBits) - 1);
-                const uint32_t place = is_here ? expert_base[from * num_local + expert] + position : kNoEntry;
-                pointer<uint32_t>(args.expanded_row)[to] = place;
-                if (is_here && args.recv_topk_weights) pointer<float>(args.recv_topk_weights)[place] = weight;
-            } else {
-                pointer<int64_t>(args.recv_topk_idx)[to] = is_here ? static_cast<int64_t>(expert) : -1;
-                if (args.recv_topk_weights) pointer<float>(args.recv_topk_weights)[to] = is_here ? weight : 0.0f;
-            }
-        }
-        __syncwarp();
-    }
+    const uint32_t* expert_base;  // [R, L]: first row of an expert's rows from a source
+    uint32_t num_local;
 
     __device__ const uint64_t* flag_for(const Source& source, uint32_t slot) const {
         return source.flags + slot / kFlagRows;
     }
 
     // Destination rows of a compact row: lane k holds those of top-k positions k and k + 32; kNoEntry for none.
-    __device__ void destinations(uint32_t row, uint32_t (&place)[2]) const {
+    __device__ void destinations(uint32_t from, uint32_t index, uint32_t row, uint32_t (&place)[2]) const {
         const uint32_t lane = lane_index();
         place[0] = lane == 0 ? row : kNoEntry;
         place[1] = kNoEntry;
         if constexpr (kExpanded) {
-            const uint32_t* rows = pointer<const uint32_t>(args.expanded_row) + uint64_t{row} * args.num_topk;
-            place[0] = lane < args.num_topk ? rows[lane] : kNoEntry;
-            place[1] = lane + kWarpSize < args.num_topk ? rows[lane + kWarpSize] : kNoEntry;
+            const uint32_t* entries = args.is_cached
+                                          ? pointer<const uint32_t>(args.expanded_row) + uint64_t{row} * args.num_topk
+                                          : sources[from].entries + uint64_t{index} * args.num_topk;
+#pragma unroll
+            for (uint32_t half = 0; half < 2; ++half) {
+                const uint32_t k = lane + half * kWarpSize;
+                const uint32_t entry = k < args.num_topk ? entries[k] : kNoEntry;
+                place[half] = entry == kNoEntry || args.is_cached ? entry : place_of(entry, from);
+            }
         }
+    }
+
+    __device__ uint32_t place_of(uint32_t entry, uint32_t from) const {
+        return expert_base[from * num_local + (entry >> kPositionBits)] + (entry & ((1u << kPositionBits) - 1));
     }
 
     // The warp copies the scale factors of one row to each destination.
@@ -90,18 +72,21 @@ struct Puller {
         }
     }
 
+    // Scale factors of one row that do not travel by bulk copies all the way. held: in shared memory, or null.
     __device__ void sf_of(const Source& source, uint32_t token, uint32_t slot, const uint8_t* held,
                           const uint32_t (&place)[2]) const {
-        if (args.num_sf == 0) return;
         if (source.is_direct_sf) {
             copy_sf(pointer<const uint32_t>(args.sf) + int64_t{token} * args.sf_stride_token, args.sf_stride_column, place);
         } else if (held != nullptr) {
             copy_sf(reinterpret_cast<const uint32_t*>(held), 1, place);
         } else {
-            copy_sf(reinterpret_cast<const uint32_t*>(source.sf + uint64_t{slot} * args.sf_pitch), 1, place);
+            copy_sf(reinterpret_cast<const uint32_t*>(source.sf + uint64_t{slot} * source.sf_pitch), 1, place);
         }
     }
 
+    __device__ uint8_t* sf_address(uint32_t row) const {
+        return pointer<uint8_t>(args.recv_sf) + uint64_t{row} * args.num_sf * 4;
+    }
     __device__ uint8_t* place_address(uint32_t row) const {
         return pointer<uint8_t>(args.recv_x) + uint64_t{row} * args.cut.row_bytes;
     }
@@ -131,7 +116,7 @@ struct Puller {
             __syncwarp();
             const bool with_sf = load_piece == 0 && args.num_sf != 0 && !source.is_direct_sf;
             pipe.issue(source.rows + slot * cut.row_bytes + load_piece * cut.piece_bytes, piece_length(cut, load_piece),
-                       source.sf + slot * args.sf_pitch, cut.piece_bytes, with_sf ? args.sf_pitch : 0);
+                       source.sf + slot * source.sf_pitch, cut.piece_bytes, with_sf ? args.sf_pitch : 0);
             if (++load_piece == cut.num_pieces) {
                 load_piece = 0;
                 to_load &= to_load - 1;
@@ -140,17 +125,21 @@ struct Puller {
         while (to_load != 0 && pipe.issued - pipe.used + 1 < pipe.num_slots) issue();
         while (todo != 0) {
             const int of = __ffs(todo) - 1;
-            const Source& source = sources[__shfl_sync(kFullMask, item.source, of)];
-            const uint32_t token = __shfl_sync(kFullMask, item.token, of), slot = __shfl_sync(kFullMask, item.slot, of);
+            const uint32_t from = __shfl_sync(kFullMask, item.source, of), index = __shfl_sync(kFullMask, item.index, of);
+            const Source& source = sources[from];
             uint32_t place[2];
-            destinations(__shfl_sync(kFullMask, item.row, of), place);
+            destinations(from, index, __shfl_sync(kFullMask, item.row, of), place);
+            const uint32_t token = __shfl_sync(kFullMask, item.token, of), slot = __shfl_sync(kFullMask, item.slot, of);
             const uint8_t* held = pipe.front();
-            if (store_piece == 0) sf_of(source, token, slot, held + cut.piece_bytes, place);
+            const bool with_sf = store_piece == 0 && args.num_sf != 0;
+            const bool is_bulk_sf = with_sf && args.recv_sf_is_bulk && !source.is_direct_sf;
+            if (with_sf && !is_bulk_sf) sf_of(source, token, slot, held + cut.piece_bytes, place);
             if (to_load != 0) issue();
             for (int half = 0; half < (kExpanded ? 2 : 1); ++half) {
                 if (place[half] == kNoEntry) continue;
                 bulk_store(place_address(place[half]) + store_piece * cut.piece_bytes, held,
                            piece_length(cut, store_piece));
+                if (is_bulk_sf) bulk_store(sf_address(place[half]), held + cut.piece_bytes, args.sf_pitch);
             }
             bulk_commit();
             ++pipe.used;
@@ -166,11 +155,12 @@ struct Puller {
         for (; todo != 0; todo &= todo - 1) {
             const int of = __ffs(todo) - 1;
             await(item, static_cast<uint32_t>(of), ready);
-            const Source& source = sources[__shfl_sync(kFullMask, item.source, of)];
+            const uint32_t from = __shfl_sync(kFullMask, item.source, of), index = __shfl_sync(kFullMask, item.index, of);
+            const Source& source = sources[from];
             const uint32_t token = __shfl_sync(kFullMask, item.token, of), slot = __shfl_sync(kFullMask, item.slot, of);
             uint32_t place[2];
-            destinations(__shfl_sync(kFullMask, item.row, of), place);
-            sf_of(source, token, slot, nullptr, place);
+            destinations(from, index, __shfl_sync(kFullMask, item.row, of), place);
+            if (args.num_sf != 0) sf_of(source, token, slot, nullptr, place);
             for (int half = 0; half < (kExpanded ? 2 : 1); ++half) {
                 for (uint32_t left = __ballot_sync(kFullMask, place[half] != kNoEntry); left != 0; left &= left - 1) {
                     const uint32_t to = __shfl_sync(kFullMask, place[half], __ffs(left) - 1);
@@ -181,7 +171,7 @@ struct Puller {
     }
 
     // All rows r with r % num_workers == worker, the sources side by side so that every link is busy from the start.
-    __device__ void run(uint32_t num_passes, const uint32_t* expert_base, uint32_t num_local) {
+    __device__ void run(uint32_t num_passes) {
         const uint32_t num_ranks = op.window.num_ranks;
         uint32_t most = 0;
         for (uint32_t source = 0; source < num_ranks; ++source) most = max_of(most, sources[source].num_rows);
@@ -201,7 +191,6 @@ struct Puller {
                     item.token = args.is_cached ? pointer<const uint32_t>(args.recv_src_token)[item.row]
                                                 : source.tokens[item.index];
                 }
-                if (!args.is_cached && pass == 0) unpack(item, is_valid, expert_base, num_local);
                 item.slot = item.token % source.ring;
                 const bool is_mine = is_valid && (num_passes == 1 || item.token / source.ring == pass);
                 const bool is_ready =
@@ -224,5 +213,35 @@ struct Puller {
         if constexpr (kHasBulkCopies) bulk_wait_done();
     }
 };
+
+// Write what the metadata says about the received rows into the user's tensors. A team of threads over the whole grid.
+template <bool kExpanded>
+__device__ void unpack_metadata(const Operation& op, const DispatchArgs& args, const Source* sources,
+                                const uint32_t* expert_base, uint32_t num_local, uint32_t thread, uint32_t num_threads) {
+    const uint32_t num_topk = args.num_topk;
+    for (uint32_t from = 0; from < op.window.num_ranks; ++from) {
+        const Source& source = sources[from];
+        const uint64_t total = uint64_t{source.num_rows} * num_topk, first = uint64_t{source.first_row} * num_topk;
+#pragma unroll 4
+        for (uint32_t i = thread; i < source.num_rows; i += num_threads) {
+            pointer<uint32_t>(args.recv_src_token)[source.first_row + i] = source.tokens[i];
+        }
+#pragma unroll 4
+        for (uint64_t i = thread; i < total; i += num_threads) {
+            const uint32_t entry = source.entries[i], expert = entry >> kPositionBits;
+            const float weight = args.recv_topk_weights ? source.weights[i] : 0.0f;
+            const bool is_here = entry != kNoEntry;
+            if constexpr (kExpanded) {
+                const uint32_t position = entry & ((1u << kPositionBits) - 1);
+                const uint32_t place = is_here ? expert_base[from * num_local + expert] + position : kNoEntry;
+                pointer<uint32_t>(args.expanded_row)[first + i] = place;
+                if (is_here && args.recv_topk_weights) pointer<float>(args.recv_topk_weights)[place] = weight;
+            } else {
+                pointer<int64_t>(args.recv_topk_idx)[first + i] = is_here ? static_cast<int64_t>(expert) : -1;
+                if (args.recv_topk_weights) pointer<float>(args.recv_topk_weights)[first + i] = weight;
+            }
+        }
+    }
+}
 
 }  // namespace deepep

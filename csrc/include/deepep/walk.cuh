@@ -40,28 +40,46 @@ struct Group {
     uint32_t num_slots, num_halves, tokens_per_group;
     SlotPlace place[2];
     uint32_t token, slot;  // of this lane; the second half's slot is 32 more
+    int next_expert[2], next_rank[2];  // read ahead
 
     __device__ explicit Group(uint32_t slots)
         : num_slots(slots),
           num_halves(slots > kWarpSize ? 2 : 1),
           tokens_per_group(num_halves == 2 ? 1 : kWarpSize / slots) {}
 
-    // Number the slots of tokens [first, first + tokens_per_group) below `end`; counters move on.
+    __device__ bool has_slot(uint32_t half) const {
+        return slot + half * kWarpSize < num_slots && (num_halves == 2 || lane_index() < tokens_per_group * num_slots);
+    }
+
+    // Read the choices of tokens [first, first + tokens_per_group) below `end`, for the call of `number` that follows.
+    __device__ void read(const Choices& choices, uint32_t first, uint32_t end) {
+        const uint32_t lane = lane_index(), from = num_halves == 2 ? first : first + lane / num_slots;
+        slot = num_halves == 2 ? lane : lane % num_slots;
+#pragma unroll
+        for (uint32_t half = 0; half < 2; ++half) {
+            next_expert[half] = next_rank[half] = -1;
+            if (from < end && has_slot(half)) {
+                choices.read(from, slot + half * kWarpSize, next_expert[half], next_rank[half]);
+            }
+        }
+    }
+
+    // Number the slots of tokens [first, first + tokens_per_group) below `end`; counters move on, and the next tokens'
+    // choices are read meanwhile.
     __device__ void number(const Choices& choices, uint32_t first, uint32_t end, uint32_t* expert_count,
                            uint32_t* rank_count) {
         const uint32_t lane = lane_index();
         token = num_halves == 2 ? first : first + lane / num_slots;
-        slot = num_halves == 2 ? lane : lane % num_slots;
-        const bool has_token = token < end && (num_halves == 2 || lane < tokens_per_group * num_slots);
+#pragma unroll
+        for (uint32_t half = 0; half < 2; ++half) {
+            place[half].expert = next_expert[half];
+            place[half].rank = next_rank[half];
+        }
+        read(choices, first + tokens_per_group, end);
 #pragma unroll
         for (uint32_t half = 0; half < 2; ++half) {
             if (half >= num_halves) break;
-            SlotPlace& here = place[half];
-            here.expert = here.rank = -1;
-            if (has_token && slot + half * kWarpSize < num_slots) {
-                choices.read(token, slot + half * kWarpSize, here.expert, here.rank);
-            }
-            here.in_expert = take_numbers(here.expert, expert_count);
+            place[half].in_expert = take_numbers(place[half].expert, expert_count);
         }
         // The upper half first: its slots win over the lower half's.
         uint64_t in_upper = 0;

@@ -67,9 +67,7 @@ class IpcBackend(Backend):
     @classmethod
     def capabilities(cls) -> Capabilities:
         """CUDA tensors on one host."""
-        return Capabilities(
-            devices=frozenset({"cuda"}), layouts=frozenset(Layout), graph_capture=True, zero_copy=True
-        )
+        return Capabilities(devices=frozenset({"cuda"}), layouts=frozenset(Layout), graph_capture=True, zero_copy=True)
 
     @property
     def window_bytes(self) -> int:

@@ -1,0 +1,50 @@
+"""One rank, no peers: the kernels alone, for ncu and compute-sanitizer.
+
+    ncu --clock-control none -k regex:deepep_combine --launch-skip 2 -c 1 python benchmarks/one_rank.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.distributed as dist
+
+
+def main() -> None:
+    """Run each operation a few times."""
+    import deepep
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--hidden", type=int, default=7168)
+    parser.add_argument("--num-sms", type=int, default=24)
+    parser.add_argument("--repeats", type=int, default=4)
+    args = parser.parse_args()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    num_tokens, hidden, experts, topk = args.tokens, args.hidden, 256, 8
+    x = torch.randn(num_tokens, hidden, device="cuda").to(torch.bfloat16)
+    fp8: Any = (x.to(torch.float8_e4m3fn), torch.rand(num_tokens, hidden // 128, device="cuda"))
+    topk_idx = torch.rand(num_tokens, experts, device="cuda").topk(topk, dim=1).indices
+    buffer = deepep.ElasticBuffer(
+        dist.group.WORLD, num_max_tokens_per_rank=num_tokens, hidden=hidden, num_topk=topk, backend="ipc", timeout=5
+    )
+    for _ in range(args.repeats):
+        for do_expand in (False, True):
+            for payload in (fp8, x):
+                got = buffer.dispatch(
+                    payload, topk_idx=topk_idx, num_experts=experts, expert_alignment=128, do_expand=do_expand,
+                    num_sms=args.num_sms,
+                )  # fmt: skip
+            buffer.combine(got[0], got[3], num_sms=args.num_sms)
+    torch.cuda.synchronize()
+    buffer.destroy()
+
+
+if __name__ == "__main__":
+    main()
