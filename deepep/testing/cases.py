@@ -66,12 +66,13 @@ def size_cases(num_ranks: int) -> dict[str, Case]:
 def host_cases(num_ranks: int) -> dict[str, Case]:
     """One host stands for several: two where the ranks divide evenly, else one host per rank."""
     ranks_per_host = num_ranks // 2 if num_ranks % 2 == 0 else 1
+    pairs = 2 if num_ranks % 2 == 0 and num_ranks > 2 else 1
     base = Case((23,) * num_ranks, num_experts=4 * num_ranks, ranks_per_host=ranks_per_host, seed=60)
     return {
         "hosts": base,
         "hosts_holes": replace(base, pattern="holes", num_topk=3, seed=61),
         # In float32 the order of two hosts shows beside a bias; with more than two it always does.
-        "hosts_fp32": replace(base, dtype=torch.float32, ranks_per_host=1 if num_ranks % 2 else 2, seed=63),
+        "hosts_fp32": replace(base, dtype=torch.float32, ranks_per_host=pairs, seed=63),
         "hosts_single_ranks": replace(base, ranks_per_host=1, pattern="unbalanced", seed=62),
     }
 

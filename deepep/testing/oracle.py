@@ -177,14 +177,15 @@ def expected_combine(
 ) -> torch.Tensor:
     """Sum the compact rows `outputs[dst]` [N, H] that every rank sends back for the tokens of `rank`: [T, H].
 
-    With `ranks_per_host`, the rows of each host are first summed and rounded, then the hosts, likewise ordered by the
-    highest position that chose them.
+    Where `ranks_per_host` leaves several hosts, the rows of each are first summed and rounded, then the hosts, likewise
+    ordered by the highest position that chose them.
     """
     terms = []
+    is_two_level = 0 < ranks_per_host < route.num_ranks
     for token, ranks in enumerate(rank_terms(route, rank, by_rank=by_rank)):
         rows = [(dst, outputs[dst][route.row_of[dst, rank, token]]) for dst in ranks]
         whole = [row for _, row in rows]
-        terms.append(reduce_hosts(rows, ranks_per_host, by_rank=by_rank) if ranks_per_host else whole)
+        terms.append(reduce_hosts(rows, ranks_per_host, by_rank=by_rank) if is_two_level else whole)
     return add_terms(terms, outputs[0], bias)
 
 

@@ -127,8 +127,10 @@ def expected_expanded_combine(
     """Sum the expanded rows `outputs[dst]` [rows, H] for the tokens of `rank`: [T, H].
 
     With `allow_multiple_reduction` the rows of one token on one rank are summed in ascending top-k position and rounded
-    first (then those of one host, with `ranks_per_host`); without it all rows are added once, in ascending position.
+    first (then those of one host, where `ranks_per_host` leaves several); without it all rows are added once, in
+    ascending position.
     """
+    is_two_level = 0 < ranks_per_host < route.num_ranks
     terms = []
     starts = _first_rows(route, expert_alignment)
     for token, ranks in enumerate(rank_terms(route, rank)):
@@ -141,7 +143,7 @@ def expected_expanded_combine(
             terms.append([row for _, row in copies])
             continue
         sums = [(dst, round_sum([row for owner, row in copies if owner == dst])) for dst in ranks]
-        terms.append(reduce_hosts(sums, ranks_per_host) if ranks_per_host else [row for _, row in sums])
+        terms.append(reduce_hosts(sums, ranks_per_host) if is_two_level else [row for _, row in sums])
     return add_terms(terms, outputs[0], bias)
 
 

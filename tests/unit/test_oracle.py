@@ -89,6 +89,7 @@ def test_two_levels_round_twice() -> None:
     outputs = [torch.tensor([[value]], dtype=torch.bfloat16) for value in (256.0, 1.0, 1.0, 0.0)]
     assert oracle.expected_combine(route, outputs, 0).tolist() == [[258]]
     assert oracle.expected_combine(route, outputs, 0, ranks_per_host=2).tolist() == [[256]]
+    assert oracle.expected_combine(route, outputs, 0, ranks_per_host=4).tolist() == [[258]]  # one host, one level
 
 
 def test_hosts_come_in_the_order_of_their_last_rank() -> None:
