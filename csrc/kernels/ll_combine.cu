@@ -7,7 +7,8 @@
 namespace deepep {
 namespace {
 
-constexpr uint32_t kTermsAtOnce = 4;  // rows of which a thread holds a vector at the same time
+constexpr uint32_t kTermsAtOnce = 4;  // rows of which a thread holds vectors at the same time
+constexpr uint32_t kVecsAtOnce = 1;   // vectors of each of them, a team apart
 
 // The rows that add up to one row, by top-k position, which positions count, and which there are at all: a rank whose
 // positions are all left out owes the home a row of zeros nevertheless.
@@ -32,35 +33,70 @@ __device__ __forceinline__ uint32_t pop_position(uint64_t& bits) {
     return k;
 }
 
-// Sum vector `vec` of all terms in ascending position, in fp32. Row r starts at base + r * row_vecs.
-template <bool kWeighted>
-__device__ __forceinline__ Vec16 sum_terms(const Terms& terms, const Vec16* base, uint32_t row_vecs, uint32_t vec) {
-    float sum[8] = {};
+// Two vectors of a row.
+struct Pair {
+    Vec16 v[kVecsAtOnce];
+};
+
+// Sum a pair of vectors of all terms in ascending position, in fp32. load(k, i) gives vector i of term k.
+template <bool kWeighted, typename Load>
+__device__ __forceinline__ Pair sum_terms(const Terms& terms, Load load) {
+    float sum[kVecsAtOnce][8] = {};
     for (uint64_t left = terms.bits(); left != 0;) {
-        Vec16 held[kTermsAtOnce];
+        Pair held[kTermsAtOnce];
         float weight[kTermsAtOnce];
         uint32_t count = 0;
 #pragma unroll
-        for (uint32_t i = 0; i < kTermsAtOnce; ++i) {
+        for (uint32_t t = 0; t < kTermsAtOnce; ++t) {
             if (left == 0) break;
             const uint32_t k = pop_position(left);
-            held[i] = load_stream(base + static_cast<uint64_t>(terms.row[k]) * row_vecs + vec);
-            if constexpr (kWeighted) weight[i] = terms.weight[k];
-            count = i + 1;
+#pragma unroll
+            for (uint32_t i = 0; i < kVecsAtOnce; ++i) held[t].v[i] = load(k, i);
+            if constexpr (kWeighted) weight[t] = terms.weight[k];
+            count = t + 1;
         }
 #pragma unroll
-        for (uint32_t i = 0; i < kTermsAtOnce; ++i) {
-            if (i >= count) break;
-            float values[8];
-            Bf16::unpack(held[i], values);
+        for (uint32_t t = 0; t < kTermsAtOnce; ++t) {
+            if (t >= count) break;
 #pragma unroll
-            for (int c = 0; c < 8; ++c) {
-                if constexpr (kWeighted) values[c] = weight[i] * values[c];
-                sum[c] = sum[c] + values[c];
+            for (uint32_t i = 0; i < kVecsAtOnce; ++i) {
+                float values[8];
+                Bf16::unpack(held[t].v[i], values);
+#pragma unroll
+                for (int c = 0; c < 8; ++c) {
+                    if constexpr (kWeighted) values[c] = weight[t] * values[c];
+                    sum[i][c] = sum[i][c] + values[c];
+                }
             }
         }
     }
-    return Bf16::pack(sum);
+    Pair out;
+#pragma unroll
+    for (uint32_t i = 0; i < kVecsAtOnce; ++i) out.v[i] = Bf16::pack(sum[i]);
+    return out;
+}
+
+// Where a thread's pairs of a row are; the last one may reach beyond the end, then it is the last vector again.
+struct Place {
+    uint32_t vec[kVecsAtOnce];
+    bool is_inside[kVecsAtOnce];
+    __device__ __forceinline__ Place(const Team& team, uint32_t base, uint32_t row_vecs) {
+#pragma unroll
+        for (uint32_t i = 0; i < kVecsAtOnce; ++i) {
+            const uint32_t at = base + i * team.threads + team.thread;
+            is_inside[i] = at < row_vecs;
+            vec[i] = min_of(at, row_vecs - 1);
+        }
+    }
+};
+
+// The sum of a token's rows here, weighted; every row of `terms` is one of x.
+__device__ __forceinline__ Pair sum_rows(const LlCombineArgs& args, const Terms& terms, const Place& place) {
+    const Vec16* x = pointer<const Vec16>(args.x);
+    const uint32_t row_vecs = args.common.shape.hidden / Bf16::kPerVec;
+    return sum_terms<true>(terms, [&](uint32_t k, uint32_t i) {
+        return load_stream(x + (terms.row[k] * row_vecs + place.vec[i]));
+    });
 }
 
 // Tell the owners of this rank's choices their weights, where dispatch did not.
@@ -76,11 +112,6 @@ __device__ void send_weights(const LlCombineArgs& args, const LlCall& call) {
         const uint64_t index = static_cast<uint64_t>(shape.rank) * shape.num_max_tokens * shape.num_topk + i;
         if (!call.is_masked(owner)) call.signal(owner, args.common.window.weights, index, weight);
     }
-}
-
-// Whether a rank's sums for its own tokens stay in registers: not between two launches, where x may change.
-__device__ __forceinline__ bool keeps_own(const LlCombineArgs& args) {
-    return !args.is_per_copy && args.common.phases == (kLlSend | kLlRecv);
 }
 
 // Where a rank's weights of one token come from.
@@ -100,7 +131,7 @@ __device__ void list_terms(const LlCombineArgs& args, const LlCall& call, const 
         if (from == Weights::kSentAhead) weight = pointer<const uint32_t>(args.common.route_weights)[choice];
     }
     if (row >= 0 && from == Weights::kSentNow) {
-        if (!call.wait(source, call.own_word(args.common.window.weights, choice), weight)) weight = kSkippedWeight;
+        if (!call.wait<false>(source, call.own_word(args.common.window.weights, choice), weight)) weight = kSkippedWeight;
     }
     if (row >= 0 && from == Weights::kOwn) {
         const uint64_t own = choice - static_cast<uint64_t>(shape.rank) * shape.num_max_tokens * num_topk;
@@ -119,12 +150,16 @@ __device__ __noinline__ Vec16 cast_logfmt(const Vec16 value) {
     return logfmt::roundtrip(value, 0xffffu << (lane_index() & 16));
 }
 
-__device__ void push_sum(const LlCombineArgs& args, const Team& team, const Terms& terms, Vec16* out) {
+// Write a token's weighted sum to `out`: a slot of its home, or shared memory.
+__device__ void put_sum(const LlCombineArgs& args, const Team& team, const Terms& terms, Vec16* out) {
     const uint32_t row_vecs = args.common.shape.hidden / Bf16::kPerVec;
-    for (uint32_t vec = team.thread; vec < row_vecs; vec += team.threads) {
-        Vec16 sum = sum_terms<true>(terms, pointer<const Vec16>(args.x), row_vecs, vec);
-        if (args.use_logfmt) sum = cast_logfmt(sum);
-        out[vec] = sum;
+    for (uint32_t base = 0; base < row_vecs; base += kVecsAtOnce * team.threads) {
+        const Place place(team, base, row_vecs);
+        const Pair sum = sum_rows(args, terms, place);
+#pragma unroll
+        for (uint32_t i = 0; i < kVecsAtOnce; ++i) {
+            if (place.is_inside[i]) out[place.vec[i]] = args.use_logfmt ? cast_logfmt(sum.v[i]) : sum.v[i];
+        }
     }
 }
 
@@ -143,26 +178,23 @@ __device__ void push_copies(const LlCombineArgs& args, const Team& team, const T
 }
 
 // Push what this rank owes, to itself only where it does not keep it.
-__device__ void send(const LlCombineArgs& args, const LlCall& call) {
+__device__ void send(const LlCombineArgs& args, const LlCall& call, const uint32_t* headers) {
     __shared__ Terms listed[kLlMaxTeams][2];
-    __shared__ uint32_t headers[kLlMaxRanks];
     const LlCommon& common = args.common;
     const LlShape& shape = common.shape;
-    if (threadIdx.x < shape.num_ranks) headers[threadIdx.x] = pointer<const uint32_t>(common.sources)[threadIdx.x];
     if (!args.has_sent_weights && !args.is_per_copy) send_weights(args, call);
-    __syncthreads();
     uint32_t max_tokens = 0;
     for (uint32_t rank = 0; rank < shape.num_ranks; ++rank) {
         max_tokens = max_of(max_tokens, headers[rank] & ~kHasWeights);
     }
     const Team team(common.team_threads);
     const uint32_t row_vecs = shape.hidden / Bf16::kPerVec;
-    const uint32_t num_sources = keeps_own(args) ? shape.num_ranks - 1 : shape.num_ranks;
+    const uint32_t num_sources = args.keeps_own ? shape.num_ranks - 1 : shape.num_ranks;
     uint32_t turn = 0;
     for (uint32_t item = team.global_index(); item < max_tokens * num_sources; item += team.global_count()) {
         uint32_t source = item % num_sources;
         const uint32_t token = item / num_sources;
-        if (keeps_own(args) && source >= shape.rank) ++source;
+        if (args.keeps_own && source >= shape.rank) ++source;
         if (token >= (headers[source] & ~kHasWeights) || call.is_masked(source)) continue;
         const uint64_t index = static_cast<uint64_t>(source) * shape.num_max_tokens + token;
         const bool is_ahead = (headers[source] & kHasWeights) != 0;
@@ -181,7 +213,7 @@ __device__ void send(const LlCombineArgs& args, const LlCall& call) {
         if (args.is_per_copy) {
             push_copies(args, team, terms, slots);
         } else {
-            push_sum(args, team, terms, slots + static_cast<uint64_t>(shape.rank) * row_vecs);
+            put_sum(args, team, terms, slots + static_cast<uint64_t>(shape.rank) * row_vecs);
         }
         team.sync();
         if (team.thread >= kLlMaxTopk) continue;
@@ -211,41 +243,13 @@ __device__ void await_terms(const LlCombineArgs& args, const LlCall& call, const
         for (uint32_t later = k + 1; is_valid && later < shape.num_topk; ++later) is_valid = owners[later] != owner;
         terms.row[k] = owner;
     }
-    if (is_valid && !(keeps_own(args) && owner == static_cast<int32_t>(shape.rank))) {
+    if (is_valid && !(args.keeps_own && owner == static_cast<int32_t>(shape.rank))) {
         const uint64_t slot = static_cast<uint64_t>(token) * shape.num_slots + terms.row[k];
         uint32_t value;
-        is_valid = !call.is_masked(owner) && call.wait(owner, call.own_word(args.common.window.arrived, slot), value);
+        is_valid = !call.is_masked(owner) && call.wait<true>(owner, call.own_word(args.common.window.arrived, slot), value);
     }
     set_valid(team, is_valid, terms);
 }
-
-// Sum vector `vec` of one row per rank, of which that of `rank` (-1: none) is `own`.
-__device__ __forceinline__ Vec16 sum_ranks(const Terms& terms, const Vec16* slots, uint32_t row_vecs, uint32_t vec,
-                                           int32_t rank, const Vec16& own) {
-    float sum[8] = {};
-    for (uint64_t left = terms.bits(); left != 0;) {
-        Vec16 held[kTermsAtOnce];
-        uint32_t count = 0;
-#pragma unroll
-        for (uint32_t i = 0; i < kTermsAtOnce; ++i) {
-            if (left == 0) break;
-            const int32_t owner = terms.row[pop_position(left)];
-            held[i] = owner == rank ? own : load_stream(slots + static_cast<uint64_t>(owner) * row_vecs + vec);
-            count = i + 1;
-        }
-#pragma unroll
-        for (uint32_t i = 0; i < kTermsAtOnce; ++i) {
-            if (i >= count) break;
-            float values[8];
-            Bf16::unpack(held[i], values);
-#pragma unroll
-            for (int c = 0; c < 8; ++c) sum[c] = sum[c] + values[c];
-        }
-    }
-    return Bf16::pack(sum);
-}
-
-constexpr uint32_t kVecsAtOnce = 2;  // of this rank's own sum, per thread, made while others' rows are on their way
 
 // What a team knows of the token it adds up.
 struct Home {
@@ -253,38 +257,27 @@ struct Home {
     Terms own, all;
 };
 
-__device__ void add_copies(const Team& team, const Home& home, const Vec16* slots, uint32_t row_vecs, Vec16* out) {
-    for (uint32_t vec = team.thread; vec < row_vecs; vec += team.threads) {
-        out[vec] = sum_terms<true>(home.all, slots, row_vecs, vec);
-    }
-}
-
-// The first vectors of this rank's own sum are made before the team waits for the others.
-__device__ void add_ranks(const LlCombineArgs& args, const LlCall& call, const Team& team, uint32_t token, Home& home,
-                          const Vec16* slots, uint32_t row_vecs, Vec16* out) {
-    const int32_t rank = keeps_own(args) ? static_cast<int32_t>(args.common.shape.rank) : -1;
+// Add up what came home: rows of `all` are numbers of slots, of which `own_slot` (-1: none) is in `own` instead.
+template <bool kWeighted>
+__device__ void add_slots(const Team& team, const Terms& all, const Vec16* slots, const Vec16* own, int32_t own_slot,
+                          uint32_t row_vecs, Vec16* out) {
     for (uint32_t base = 0; base < row_vecs; base += kVecsAtOnce * team.threads) {
-        Vec16 own[kVecsAtOnce];
+        const Place place(team, base, row_vecs);
+        const Pair sum = sum_terms<kWeighted>(all, [&](uint32_t k, uint32_t i) {
+            const int32_t slot = all.row[k];
+            if (slot == own_slot) return own[place.vec[i]];
+            return load_stream(slots + (slot * row_vecs + place.vec[i]));
+        });
 #pragma unroll
         for (uint32_t i = 0; i < kVecsAtOnce; ++i) {
-            const uint32_t vec = base + i * team.threads + team.thread;
-            if (rank < 0 || vec >= row_vecs) continue;
-            own[i] = sum_terms<true>(home.own, pointer<const Vec16>(args.x), row_vecs, vec);
-            if (args.use_logfmt) own[i] = cast_logfmt(own[i]);
-        }
-        if (base == 0) {
-            await_terms(args, call, team, token, home.owners, home.all);
-            team.sync();
-        }
-#pragma unroll
-        for (uint32_t i = 0; i < kVecsAtOnce; ++i) {
-            const uint32_t vec = base + i * team.threads + team.thread;
-            if (vec < row_vecs) out[vec] = sum_ranks(home.all, slots, row_vecs, vec, rank, own[i]);
+            if (place.is_inside[i]) out[place.vec[i]] = sum.v[i];
         }
     }
 }
 
-__device__ void add_up(const LlCombineArgs& args, const LlCall& call, const Team& team, uint32_t token, Home& home) {
+// This rank's own sum is made before the team waits for the others.
+__device__ void add_up(const LlCombineArgs& args, const LlCall& call, const Team& team, uint32_t token, Vec16* own,
+                       Home& home) {
     const LlShape& shape = args.common.shape;
     const uint32_t row_vecs = shape.hidden / Bf16::kPerVec;
     const uint64_t index = static_cast<uint64_t>(shape.rank) * shape.num_max_tokens + token;
@@ -296,25 +289,28 @@ __device__ void add_up(const LlCombineArgs& args, const LlCall& call, const Team
         const int32_t expert = pointer<const int32_t>(args.common.home_topk)[choice];
         home.owners[team.thread] = expert < 0 ? -1 : expert / static_cast<int32_t>(shape.num_local_experts);
     }
-    if (keeps_own(args)) list_terms(args, call, team, shape.rank, index, Weights::kOwn, home.own);
+    if (args.keeps_own) list_terms(args, call, team, shape.rank, index, Weights::kOwn, home.own);
     team.sync();
+    if (args.keeps_own) put_sum(args, team, home.own, own);
+    await_terms(args, call, team, token, home.owners, home.all);
+    team.sync();
+    const int32_t own_slot = args.keeps_own ? static_cast<int32_t>(shape.rank) : -1;
     if (args.is_per_copy) {
-        await_terms(args, call, team, token, home.owners, home.all);
-        team.sync();
-        add_copies(team, home, slots, row_vecs, out);
+        add_slots<true>(team, home.all, slots, own, own_slot, row_vecs, out);
     } else {
-        add_ranks(args, call, team, token, home, slots, row_vecs, out);
+        add_slots<false>(team, home.all, slots, own, own_slot, row_vecs, out);
     }
 }
 
-__device__ void receive(const LlCombineArgs& args, const LlCall& call) {
+__device__ void receive(const LlCombineArgs& args, const LlCall& call, Vec16* own_sums) {
     __shared__ Home homes[kLlMaxTeams][2];
     const Team team(args.common.team_threads);
     uint32_t turn = 0;
     // From the last team on, since the first ones have rows to send.
     for (uint32_t token = team.global_count() - 1 - team.global_index(); token < args.common.num_tokens;
          token += team.global_count(), turn ^= 1) {
-        add_up(args, call, team, token, homes[team.index][turn]);
+        Vec16* own = own_sums + team.index * (args.common.shape.hidden / Bf16::kPerVec);
+        add_up(args, call, team, token, own, homes[team.index][turn]);
     }
 }
 
@@ -324,17 +320,22 @@ __device__ void receive(const LlCombineArgs& args, const LlCall& call) {
 extern "C" __global__ void __launch_bounds__(deepep::kLlThreads, deepep::kLlBlocksPerSm)
     ll_combine_kernel(const __grid_constant__ deepep::LlCombineArgs args) {
     using namespace deepep;
+    extern __shared__ Vec16 own_sums[];
     __shared__ LlShared shared;
+    __shared__ uint32_t headers[kLlMaxRanks];
     const uint64_t credits = args.common.window.combine_credits;
     LlCall call(args.common, kLlCombine, shared);
     call.prepare(credits, args.combine_epoch);
+    if (threadIdx.x < args.common.shape.num_ranks) {
+        headers[threadIdx.x] = pointer<const uint32_t>(args.common.sources)[threadIdx.x];
+    }
     call.begin(args.combine_epoch);
     if (args.common.phases & kLlSend) {
         if (blockIdx.x == gridDim.x - 1) call.publish_credits(credits);
         call.await_credit(threadIdx.x, credits);
         __syncthreads();
-        send(args, call);
+        send(args, call, headers);
     }
-    if (args.common.phases & kLlRecv) receive(args, call);
+    if (args.common.phases & kLlRecv) receive(args, call, own_sums);
     call.end();
 }

@@ -50,17 +50,25 @@ __device__ void store_unit_bf16(const LlDispatchArgs& args, const Held& held, ui
     }
 }
 
+// The largest magnitude of 16 finite channels, two at a time.
+__device__ __forceinline__ float largest_bf16(const Vec16 (&v)[2]) {
+    uint32_t largest = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const uint32_t pair = v[i / 4].word[i % 4] & 0x7fff7fffu;
+        asm("max.bf16x2 %0, %0, %1;" : "+r"(largest) : "r"(pair));
+    }
+    return fmaxf(__uint_as_float(largest << 16), __uint_as_float(largest & 0xffff0000u));
+}
+
 __device__ void store_unit_fp8(const LlDispatchArgs& args, const Held& held, uint32_t unit, const Destinations& to) {
     constexpr uint32_t kLanes = kGroupSize / 16;
     const uint32_t lane = lane_index(), active = 0xffu << (lane & ~(kLanes - 1));
+    const float amax = __uint_as_float(lanes_max<kLanes>(__float_as_uint(largest_bf16(held.v)), active));
+    const Fp8Scale scale = fp8_scale(amax, args.sf_format);
     float values[2][8];
     Bf16::unpack(held.v[0], values[0]);
     Bf16::unpack(held.v[1], values[1]);
-    float amax = 0;
-#pragma unroll
-    for (int i = 0; i < 16; ++i) amax = fmaxf(amax, fabsf(values[i / 8][i % 8]));
-    amax = __uint_as_float(lanes_max<kLanes>(__float_as_uint(amax), active));
-    const Fp8Scale scale = fp8_scale(amax, args.sf_format);
     Vec16 out;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -94,13 +102,31 @@ __device__ void store_row(const LlDispatchArgs& args, uint32_t token, Held held,
     }
 }
 
-// Add how often each expert is chosen by tokens [begin, end) of this rank to `table`.
-__device__ void count_experts(const LlDispatchArgs& args, uint32_t begin, uint32_t end, uint32_t* table) {
-    const uint32_t num_topk = args.common.shape.num_topk;
-    const int64_t* topk_idx = pointer<const int64_t>(args.topk_idx);
-    for (uint32_t i = begin * num_topk + threadIdx.x; i < end * num_topk; i += kLlThreads) {
-        const int64_t expert = topk_idx[i];
-        if (expert >= 0) atomicAdd(&table[expert], 1);
+constexpr uint32_t kScansAtOnce = 2;  // choices a thread holds before it counts them
+
+struct Scan {
+    int32_t expert[kScansAtOnce];
+};
+
+// Choices [first, ..) of this rank's tokens, of which there are `end` to look at.
+__device__ __forceinline__ Scan load_scan(const LlDispatchArgs& args, uint32_t first, uint32_t end) {
+    Scan scan;
+#pragma unroll
+    for (uint32_t i = 0; i < kScansAtOnce; ++i) {
+        const uint32_t at = first + i * kLlThreads + threadIdx.x;
+        scan.expert[i] = at < end ? static_cast<int32_t>(pointer<const int64_t>(args.topk_idx)[at]) : -1;
+    }
+    return scan;
+}
+
+// Add how often each expert is chosen by the first `end` choices to `table`; `scan` holds the very first ones.
+__device__ void count_experts(const LlDispatchArgs& args, Scan scan, uint32_t end, uint32_t* table) {
+    for (uint32_t first = 0; first < end; first += kScansAtOnce * kLlThreads) {
+        if (first != 0) scan = load_scan(args, first, end);
+#pragma unroll
+        for (uint32_t i = 0; i < kScansAtOnce; ++i) {
+            if (scan.expert[i] >= 0) atomicAdd(&table[scan.expert[i]], 1);
+        }
     }
 }
 
@@ -123,26 +149,45 @@ __device__ void publish_counts(const LlDispatchArgs& args, const LlCall& call, c
     }
 }
 
+// A token's choices, two per lane of the first warp.
+struct Choices {
+    int32_t expert[2];
+    float weight[2];
+};
+
+__device__ __forceinline__ Choices load_choices(const LlDispatchArgs& args, uint32_t token) {
+    const uint32_t num_topk = args.common.shape.num_topk;
+    const uint64_t first = static_cast<uint64_t>(token) * num_topk;
+    Choices choices;
+#pragma unroll
+    for (uint32_t i = 0; i < 2; ++i) {
+        const uint32_t k = lane_index() + i * kWarpSize;
+        choices.expert[i] = -1;
+        choices.weight[i] = 0;
+        if (warp_index() != 0 || k >= num_topk) continue;
+        choices.expert[i] = static_cast<int32_t>(pointer<const int64_t>(args.topk_idx)[first + k]);
+        if (args.topk_weights != 0) choices.weight[i] = pointer<const float>(args.topk_weights)[first + k];
+    }
+    return choices;
+}
+
 // By one warp: find the ranks of a token, and write each of them the token's choices. `table` counts on.
-__device__ void address_token(const LlDispatchArgs& args, const LlCall& call, uint32_t token, uint32_t* table,
-                              Destinations& to) {
+__device__ void address_token(const LlDispatchArgs& args, const LlCall& call, uint32_t token, const Choices& choices,
+                              uint32_t* table, Destinations& to) {
     const LlShape& shape = args.common.shape;
     const uint32_t lane = lane_index();
     const uint64_t first = static_cast<uint64_t>(token) * shape.num_topk;
     int32_t owner[2], local[2];
     uint32_t position[2], low = 0, high = 0;
-    float weight[2];
 #pragma unroll
     for (uint32_t i = 0; i < 2; ++i) {
         const uint32_t k = lane + i * kWarpSize;
-        const bool is_inside = k < shape.num_topk;
-        int32_t expert = is_inside ? static_cast<int32_t>(pointer<const int64_t>(args.topk_idx)[first + k]) : -1;
-        weight[i] = is_inside && args.topk_weights != 0 ? pointer<const float>(args.topk_weights)[first + k] : 0;
+        int32_t expert = choices.expert[i];
         owner[i] = expert >= 0 ? expert / static_cast<int32_t>(shape.num_local_experts) : -1;
         local[i] = expert - owner[i] * static_cast<int32_t>(shape.num_local_experts);
-        if (expert >= 0) position[i] = table[expert]++;
+        position[i] = expert >= 0 ? table[expert]++ : 0;
         if (owner[i] >= 0 && call.is_masked(owner[i])) expert = owner[i] = -1;
-        if (is_inside) pointer<int32_t>(args.common.home_topk)[first + k] = expert;
+        if (k < shape.num_topk) pointer<int32_t>(args.common.home_topk)[first + k] = expert;
         if (owner[i] >= 32) high |= 1u << (owner[i] - 32);
         if (owner[i] >= 0 && owner[i] < 32) low |= 1u << owner[i];
     }
@@ -156,11 +201,11 @@ __device__ void address_token(const LlDispatchArgs& args, const LlCall& call, ui
         uint8_t* slot = call.transport.peer_ptr(rank, offset);
         if (lane == 0) to.slot[count] = slot;
         ++count;
-        LlChoice* choices = reinterpret_cast<LlChoice*>(slot + shape.choice_offset);
+        LlChoice* out = reinterpret_cast<LlChoice*>(slot + shape.choice_offset);
 #pragma unroll
         for (uint32_t i = 0; i < 2; ++i) {
             const uint32_t k = lane + i * kWarpSize;
-            if (k < shape.num_topk) choices[k] = {owner[i] == rank ? local[i] : -1, position[i], weight[i], 0};
+            if (k < shape.num_topk) out[k] = {owner[i] == rank ? local[i] : -1, position[i], choices.weight[i], 0};
         }
     }
     if (lane == 0) to.ranks = ranks, to.count = count;
@@ -190,20 +235,24 @@ __device__ void signal_tokens(const LlDispatchArgs& args, const LlCall& call, ui
     __syncwarp();
 }
 
-// `table` holds how often the tokens before the range choose each expert, `held` the block's part of the first token.
+// `table` holds how often the tokens before the range choose each expert; `held` and `choices` are of the first token.
 template <bool kFp8>
-__device__ void send(const LlDispatchArgs& args, const LlCall& call, const Range& range, Held held, uint32_t* table) {
+__device__ void send(const LlDispatchArgs& args, const LlCall& call, const Range& range, Held held, Choices choices,
+                     uint32_t* table) {
     __shared__ Destinations to[2];
     __shared__ uint64_t sent_to[kTokensPerFence];
     for (uint32_t token = range.begin; token < range.end; ++token) {
         const uint32_t place = token - range.begin, in_batch = place % kTokensPerFence;
         Destinations& now = to[place % 2];
-        if (warp_index() == 0) address_token(args, call, token, table, now);
+        if (warp_index() == 0) address_token(args, call, token, choices, table, now);
         __syncthreads();
         if (threadIdx.x == 0) sent_to[in_batch] = now.ranks;
         store_row<kFp8>(args, token, held, now);
         const bool is_last = token + 1 == range.end;
-        if (!is_last) held = load_unit<kFp8>(args, token + 1, threadIdx.x);
+        if (!is_last) {
+            choices = load_choices(args, token + 1);
+            held = load_unit<kFp8>(args, token + 1, threadIdx.x);
+        }
         if (in_batch + 1 < kTokensPerFence && !is_last) continue;
         __syncthreads();
         if (warp_index() == 0) signal_tokens(args, call, token - in_batch, in_batch + 1, sent_to);
@@ -235,7 +284,7 @@ __device__ bool await_first(const LlDispatchArgs& args, const LlCall& call, cons
     const uint64_t* header = call.own_word(args.common.window.headers, item.source);
     for (uint32_t spin = 1;; ++spin) {
         uint32_t is_here, num_tokens;
-        const bool has_flag = call.peek(present, is_here), has_header = call.peek(header, num_tokens);
+        const bool has_header = call.peek<false>(header, num_tokens), has_flag = call.peek<true>(present, is_here);
         if (has_header && item.token >= (num_tokens & ~kHasWeights)) return false;
         if (has_flag) return is_here != 0;
         if (spin % kSpinsPerCheck == 0 && call.has_given_up(item.source)) return false;
@@ -250,7 +299,7 @@ __device__ void await_counts(const LlDispatchArgs& args, const LlCall& call, uin
         const uint32_t rank = is_header ? i - shape.num_experts : i / shape.num_local_experts;
         const uint64_t offset = is_header ? args.common.window.headers : args.common.window.counts;
         uint32_t value = 0;
-        if (call.is_masked(rank) || !call.wait(rank, call.own_word(offset, is_header ? rank : i), value)) value = 0;
+        if (call.is_masked(rank) || !call.wait<false>(rank, call.own_word(offset, is_header ? rank : i), value)) value = 0;
         (is_header ? from.header[rank] : table[i]) = value;
     }
 }
@@ -290,7 +339,16 @@ constexpr uint32_t kVecsAtOnce = 4;  // of a row, per thread
 struct Arrived {
     Vec16 part[kVecsAtOnce];
     Vec16 choice;
+    uint32_t scale;
 };
+
+__device__ __forceinline__ uint32_t num_scales(const LlDispatchArgs& args) {
+    return args.common.shape.hidden / kGroupSize / (args.sf_format == kSfUe8m0 ? 4 : 1);
+}
+
+__device__ __forceinline__ uint32_t load_scale(const LlShape& shape, const uint8_t* slot, uint32_t index) {
+    return reinterpret_cast<const volatile uint32_t*>(slot + shape.hidden)[index];
+}
 
 template <bool kFp8>
 __device__ uint32_t vecs_of(const LlShape& shape) {
@@ -319,10 +377,12 @@ __device__ __forceinline__ void store_part(const LlDispatchArgs& args, uint32_t 
 }
 
 template <bool kFp8>
-__device__ void load_slot(const LlShape& shape, const uint8_t* slot, const Team& team, Arrived& arrived) {
+__device__ void load_slot(const LlDispatchArgs& args, const uint8_t* slot, const Team& team, Arrived& arrived) {
+    const LlShape& shape = args.common.shape;
     load_part(reinterpret_cast<const Vec16*>(slot), 0, vecs_of<kFp8>(shape), team, arrived);
     const Vec16* choices = reinterpret_cast<const Vec16*>(slot + shape.choice_offset);
     if (team.thread < shape.num_topk) arrived.choice = load_stream(choices + team.thread);
+    if (kFp8 && team.thread < num_scales(args)) arrived.scale = load_scale(shape, slot, team.thread);
 }
 
 // By the first K threads of a team: list the token's rows, and keep them for combine.
@@ -343,15 +403,15 @@ __device__ void list_rows(const LlDispatchArgs& args, const Item& item, const Ve
     pointer<uint32_t>(args.common.route_weights)[route] = raw.word[2];
 }
 
-__device__ void store_scales(const LlDispatchArgs& args, const uint8_t* slot, const Team& team, const Rows& rows) {
+__device__ void store_scales(const LlDispatchArgs& args, const uint8_t* slot, const Team& team, const Rows& rows,
+                             uint32_t scale) {
     const LlShape& shape = args.common.shape;
-    const uint32_t room = shape.num_ranks * shape.num_max_tokens;
-    const uint32_t num_sf = shape.hidden / kGroupSize / (args.sf_format == kSfUe8m0 ? 4 : 1);
-    for (uint32_t sf = team.thread; sf < num_sf; sf += team.threads) {
-        const uint32_t value = reinterpret_cast<const volatile uint32_t*>(slot + shape.hidden)[sf];
+    const uint32_t room = shape.num_ranks * shape.num_max_tokens, count = num_scales(args);
+    for (uint32_t sf = team.thread; sf < count; sf += team.threads) {
+        if (sf != team.thread) scale = load_scale(shape, slot, sf);
         for (uint32_t r = 0; r < rows.count; ++r) {
-            const uint64_t column = static_cast<uint64_t>(rows.row[r] / room) * num_sf + sf;
-            pointer<uint32_t>(args.recv_sf)[column * room + rows.row[r] % room] = value;
+            const uint64_t column = static_cast<uint64_t>(rows.row[r] / room) * count + sf;
+            pointer<uint32_t>(args.recv_sf)[column * room + rows.row[r] % room] = scale;
         }
     }
 }
@@ -363,7 +423,7 @@ __device__ void store_token(const LlDispatchArgs& args, const Item& item, const 
     list_rows(args, item, arrived.choice, table, team.thread, rows);
     team.sync();
     store_part(args, 0, num_vecs, team, rows, arrived);
-    if constexpr (kFp8) store_scales(args, slot, team, rows);
+    if constexpr (kFp8) store_scales(args, slot, team, rows, arrived.scale);
     for (uint32_t base = step; base < num_vecs; base += step) {
         load_part(reinterpret_cast<const Vec16*>(slot), base, num_vecs, team, arrived);
         store_part(args, base, num_vecs, team, rows, arrived);
@@ -394,7 +454,7 @@ __device__ void receive(const LlDispatchArgs& args, const LlCall& call, uint32_t
         await_counts(args, call, table, from);
         __syncthreads();
         if (from.is_first_present[team.index]) {
-            load_slot<kFp8>(shape, slots + item.slot * shape.slot_bytes, team, arrived);
+            load_slot<kFp8>(args, slots + item.slot * shape.slot_bytes, team, arrived);
         }
     }
     place_sources(args, table, from);
@@ -416,12 +476,13 @@ __device__ void receive(const LlDispatchArgs& args, const LlCall& call, uint32_t
         if (!is_first) {
             if (team.thread == 0) {
                 uint32_t value = 0;
-                rows.is_present = call.wait(item.source, call.own_word(common.window.present, item.slot), value) && value;
+                rows.is_present = call.wait<true>(item.source, call.own_word(common.window.present, item.slot), value) &&
+                                  value != 0;
                 rows.count = 0;
             }
             team.sync();
             is_present = rows.is_present;
-            if (is_present) load_slot<kFp8>(shape, slot, team, arrived);
+            if (is_present) load_slot<kFp8>(args, slot, team, arrived);
         }
         if (is_present) {
             store_token<kFp8>(args, item, slot, team, table, arrived, rows);
@@ -440,11 +501,19 @@ __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table) {
     const Range range(common.num_tokens);
     const bool is_sending = (common.phases & kLlSend) != 0;
     Held held;
-    call.prepare(credits, common.call_epoch);
+    Choices choices;
     if (is_sending) {
-        if (range.begin < range.end) held = load_unit<kFp8>(args, range.begin, threadIdx.x);
+        const uint32_t num_scanned = (range.is_publisher ? common.num_tokens : range.begin) * common.shape.num_topk;
+        const Scan scan = load_scan(args, 0, num_scanned);
+        if (range.begin < range.end) {
+            choices = load_choices(args, range.begin);
+            held = load_unit<kFp8>(args, range.begin, threadIdx.x);
+        }
+        call.prepare(credits, common.call_epoch);
         clear(args, table);
-        count_experts(args, 0, range.is_publisher ? common.num_tokens : range.begin, table);
+        count_experts(args, scan, num_scanned, table);
+    } else {
+        call.prepare(credits, common.call_epoch);
     }
     call.begin(common.call_epoch);
     if (is_sending) {
@@ -456,7 +525,7 @@ __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table) {
             __syncthreads();
             if (range.begin < range.end) clear(args, table);
         }
-        send<kFp8>(args, call, range, held, table);
+        send<kFp8>(args, call, range, held, choices, table);
         __syncthreads();
     }
     if (common.phases & kLlRecv) receive<kFp8>(args, call, table);

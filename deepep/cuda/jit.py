@@ -189,6 +189,7 @@ class Kernel:
         handle: for `launch`.
         num_regs: registers per thread.
         local_bytes: local memory per thread (spills and stack), bytes.
+        shared_bytes: static shared memory per block, bytes.
     """
 
     def __init__(self, module: Any, name: str) -> None:
@@ -196,6 +197,7 @@ class Kernel:
         self.handle = int(self._function)
         self.num_regs = self._attribute("CU_FUNC_ATTRIBUTE_NUM_REGS")
         self.local_bytes = self._attribute("CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES")
+        self.shared_bytes = self._attribute("CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES")
 
     def set_max_smem(self, num_bytes: int) -> None:
         """Allow a launch up to `num_bytes` of dynamic shared memory; needed above 48 KiB."""

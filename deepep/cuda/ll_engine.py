@@ -92,12 +92,34 @@ def _identity(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What an engine is made for.
+
+    Attributes:
+        shape: sizes all ranks agree on.
+        rank: this rank.
+        device: index of its GPU.
+        ranks_per_gpu: how many ranks share that GPU.
+        status_address: pinned words where kernels report ranks that they lost.
+        timeout: after how long they do, seconds.
+        is_shrinkable: mask such a rank instead.
+    """
+
+    shape: Shape
+    rank: int
+    device: int
+    ranks_per_gpu: int
+    status_address: int
+    timeout: float
+    is_shrinkable: bool
+
+
 class LowLatencyEngine:
     """Launches of one window, divided for one shape. A change of shape makes a new one over cleaned memory."""
 
-    def __init__(
-        self, window: Window, shape: Shape, division: Division, rank: int, device: int, ranks_per_gpu: int
-    ) -> None:
+    def __init__(self, window: Window, division: Division, settings: Settings) -> None:
+        shape, device = settings.shape, settings.device
         self.shape = shape
         self._division = division
         self._device = device
@@ -107,13 +129,24 @@ class LowLatencyEngine:
         self._table_bytes = 4 * shape.num_experts
         if self._table_bytes > 48 << 10:
             self._dispatch_kernel.set_max_smem(self._table_bytes)
+        self._keeps_own = self._prepare_own_sums()
         self._max_blocks = {
-            kernel.handle: self._resident_blocks(kernel, smem, ranks_per_gpu)
-            for kernel, smem in ((self._dispatch_kernel, self._table_bytes), (self._combine_kernel, 0))
+            kernel.handle: self._resident_blocks(kernel, smem, settings.ranks_per_gpu)
+            for kernel, smem in (
+                (self._dispatch_kernel, self._table_bytes),
+                (self._combine_kernel, self._own_bytes(_MIN_TEAM) if self._keeps_own else 0),
+            )
         }
-        self._common = LlCommon(peer_table=window.peer_table, own_base=window.base, window=division.window)
+        self._common = LlCommon(
+            peer_table=window.peer_table,
+            own_base=window.base,
+            window=division.window,
+            status=settings.status_address,
+            timeout_ns=int(settings.timeout * 1e9),
+            is_shrinkable=int(settings.is_shrinkable),
+        )
         self._common.shape = LlShape(
-            rank=rank,
+            rank=settings.rank,
             num_ranks=shape.num_ranks,
             num_experts=shape.num_experts,
             num_local_experts=shape.num_local_experts,
@@ -124,14 +157,11 @@ class LowLatencyEngine:
             slot_bytes=shape.slot_bytes,
             choice_offset=shape.choice_offset,
         )
+        # Launches copy their arguments, so one struct of each kind serves all calls but those of two phases.
+        self._dispatch_args = LlDispatchArgs(common=self._common)
+        self._combine_args = LlCombineArgs(common=self._common)
         self._runtime = runtime()
         self._empty: dict[int, torch.Tensor] = {}
-
-    def configure(self, status_address: int, timeout: float, is_shrinkable: bool) -> None:
-        """Say where kernels report ranks that they lost, after how long (seconds), and whether to mask them instead."""
-        self._common.status = status_address
-        self._common.timeout_ns = int(timeout * 1e9)
-        self._common.is_shrinkable = int(is_shrinkable)
 
     def clean(self, with_barrier: bool) -> None:
         """Bring the window's words and epochs back to their first state, on the current stream."""
@@ -156,23 +186,22 @@ class LowLatencyEngine:
         src_info = torch.empty((num_local, room), dtype=torch.int32, device=x.device)
         layout_range = torch.empty((num_local, shape.num_ranks), dtype=torch.int64, device=x.device)
         recv_count = torch.empty(num_local, dtype=torch.int32, device=x.device)
-        args = LlDispatchArgs(
-            common=self._common,
-            x=x.data_ptr(),
-            topk_idx=_pointer(request.topk_idx),
-            topk_weights=_pointer(request.topk_weights),
-            recv_x=recv_x.data_ptr(),
-            recv_sf=_pointer(recv_sf),
-            recv_count=recv_count.data_ptr(),
-            src_info=src_info.data_ptr(),
-            layout_range=layout_range.data_ptr(),
-            recv_stats=_pointer(request.cumulative_local_expert_recv_stats),
-            sf_format=_SF_CODES[request.sf_format],
-        )
+        args = self._dispatch_args
+        args.x, args.recv_x, args.recv_sf = x.data_ptr(), recv_x.data_ptr(), _pointer(recv_sf)
+        args.topk_idx, args.topk_weights = _pointer(request.topk_idx), _pointer(request.topk_weights)
+        args.recv_count, args.src_info = recv_count.data_ptr(), src_info.data_ptr()
+        args.layout_range = layout_range.data_ptr()
+        args.recv_stats = _pointer(request.cumulative_local_expert_recv_stats)
+        args.sf_format = _SF_CODES[request.sf_format]
         routing.address(args.common)
         args.common.wait_stats = _pointer(request.wait_recv_cost_stats)
         kernel = self._dispatch_kernel.handle
-        finish = self._start(kernel, args, x.shape[0], self._table_bytes, request, (request, recv_x, recv_sf, routing))
+        kept = (request, recv_x, recv_sf, recv_count, src_info, layout_range, routing)
+        common = args.common
+        num_blocks, common.team_threads = self._grid(kernel, x.shape[0], request.num_sms)
+        common.num_tokens = x.shape[0]
+        launch = _Launch(self, kernel, num_blocks, self._table_bytes, args, kept)
+        finish = launch.start(request.split_phases)
         return DispatchResult(
             x=recv_x,
             sf=recv_sf,
@@ -195,22 +224,23 @@ class LowLatencyEngine:
         if out is None:
             out = torch.empty((routing.num_tokens, self.shape.hidden), dtype=x.dtype, device=x.device)
         epoch = torch.empty(1, dtype=torch.int32, device=x.device) if request.split_phases else None
-        args = LlCombineArgs(
-            common=self._common,
-            x=x.data_ptr(),
-            topk_idx=_pointer(request.scale_topk_idx),
-            topk_weights=_pointer(request.scale_topk_weights),
-            out=out.data_ptr(),
-            combine_epoch=_pointer(epoch),
-            is_per_copy=int(is_per_copy),
-            use_logfmt=int(request.use_logfmt),
-            has_sent_weights=int(routing.sent is not None),
-        )
-        routing.address(args.common)
-        args.common.wait_stats = _pointer(request.wait_recv_cost_stats)
+        args = self._combine_args
+        args.x, args.out, args.combine_epoch = x.data_ptr(), out.data_ptr(), _pointer(epoch)
+        args.topk_idx, args.topk_weights = _pointer(request.scale_topk_idx), _pointer(request.scale_topk_weights)
+        args.is_per_copy, args.use_logfmt = int(is_per_copy), int(request.use_logfmt)
+        args.has_sent_weights = int(routing.sent is not None)
+        # Between two launches the caller may change x, so then its own sums travel like the others.
+        args.keeps_own = keeps_own = int(self._keeps_own and not is_per_copy and not request.split_phases)
+        common = args.common
+        routing.address(common)
+        common.wait_stats = _pointer(request.wait_recv_cost_stats)
+        common.num_tokens = routing.num_tokens
         kernel = self._combine_kernel.handle
-        finish = self._start(kernel, args, routing.num_tokens, 0, request, (request, x, out, epoch))
-        return CombineResult(out, None, finish)
+        num_blocks, team = self._grid(kernel, routing.num_tokens, request.num_sms)
+        common.team_threads = team
+        smem = self._own_bytes(team) if keeps_own else 0
+        launch = _Launch(self, kernel, num_blocks, smem, args, (request, x, out, epoch))
+        return CombineResult(out, None, launch.start(request.split_phases))
 
     def _check_combine(self, request: CombineRequest, routing: LlRouting, is_per_copy: bool) -> None:
         op = "low_latency_combine"
@@ -232,31 +262,23 @@ class LowLatencyEngine:
                     "sent the weights ahead, pass the same tensors, or dispatch without topk_weights"
                 )
 
-    def _start(
-        self,
-        kernel: int,
-        args: LlDispatchArgs | LlCombineArgs,
-        num_tokens: int,
-        smem: int,
-        request: DispatchRequest | CombineRequest,
-        kept: tuple[object, ...],
-    ) -> _Finish | None:
-        """Launch both phases at once, or the first and give back what launches the second."""
-        common = args.common
-        common.num_tokens = num_tokens
-        num_blocks, common.team_threads = self._grid(kernel, num_tokens, request.num_sms)
-        if not request.split_phases:
-            common.phases = ll_structs.SEND | ll_structs.RECV
-            self._launch(kernel, num_blocks, smem, args)
-            return None
-        common.phases = ll_structs.SEND
-        self._launch(kernel, num_blocks, smem, args)
-        common.phases = ll_structs.RECV
-        return _Finish(self, kernel, num_blocks, smem, args, kept)
-
     def _launch(self, kernel: int, num_blocks: int, smem: int, args: ctypes.Structure) -> None:
         stream = torch.cuda.current_stream(self._device).cuda_stream
         self._runtime.launch(kernel, num_blocks, ll_structs.NUM_THREADS, smem, stream, ctypes.addressof(args))
+
+    def _own_bytes(self, team: int) -> int:
+        """Shared memory for the sums of a rank's own tokens, one row per team."""
+        return _MAX_TEAM // team * 2 * self.shape.hidden
+
+    def _prepare_own_sums(self) -> bool:
+        """Say whether they fit without keeping blocks from running side by side."""
+        kernel, most = self._combine_kernel, self._own_bytes(_MIN_TEAM)
+        limit = driver.device_attribute("CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN", self._device)
+        if most + kernel.shared_bytes > limit:
+            return False
+        kernel.set_max_smem(most)
+        blocks = kernel.blocks_per_sm(ll_structs.NUM_THREADS, most)
+        return blocks >= kernel.blocks_per_sm(ll_structs.NUM_THREADS, 0)
 
     def _resident_blocks(self, kernel: jit.Kernel, smem: int, ranks_per_gpu: int) -> int:
         """Blocks that certainly run at once: kernels that wait for peers need all of theirs, and all of the peers'."""
@@ -299,16 +321,26 @@ class LowLatencyEngine:
         )
 
 
-@dataclass(frozen=True)
-class _Finish:
-    """The second phase of an operation; calling it launches it on the current stream."""
+@dataclass
+class _Launch:
+    """One operation: a launch for both phases, or one for each; calling it is the second one, on the current stream."""
 
     engine: LowLatencyEngine
     kernel: int
     num_blocks: int
     smem: int
-    args: ctypes.Structure
+    args: LlDispatchArgs | LlCombineArgs
     kept: tuple[object, ...]  # what the kernel reads and writes must live until then
+
+    def start(self, in_two_phases: bool) -> _Launch | None:
+        """Launch both phases, or the first one and give back what launches the second."""
+        self.args.common.phases = ll_structs.SEND if in_two_phases else ll_structs.SEND | ll_structs.RECV
+        self.engine._launch(self.kernel, self.num_blocks, self.smem, self.args)
+        if not in_two_phases:
+            return None
+        self.args = type(self.args).from_buffer_copy(self.args)
+        self.args.common.phases = ll_structs.RECV
+        return self
 
     def __call__(self) -> None:
         self.engine._launch(self.kernel, self.num_blocks, self.smem, self.args)

@@ -95,7 +95,7 @@ class LlCombineArgs(ctypes.Structure):
         *_fields(
             {
                 "x topk_idx topk_weights out combine_epoch": ctypes.c_uint64,
-                "is_per_copy use_logfmt has_sent_weights pad": ctypes.c_uint32,
+                "is_per_copy use_logfmt has_sent_weights keeps_own": ctypes.c_uint32,
             }
         ),
     ]

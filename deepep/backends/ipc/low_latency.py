@@ -19,7 +19,7 @@ from deepep.backends.base import (
 from deepep.backends.ipc.memory import SymmetricMemory
 from deepep.cuda import ll_structs
 from deepep.cuda.host_words import HostWords
-from deepep.cuda.ll_engine import LlRouting, LowLatencyEngine
+from deepep.cuda.ll_engine import LlRouting, LowLatencyEngine, Settings
 from deepep.cuda.ll_structs import Division, LlState, Shape, divide
 from deepep.errors import BufferDestroyed, CommTimeout, InvalidArgument, UnsupportedOperation
 from deepep.group import Group
@@ -178,9 +178,17 @@ class LowLatency:
         return engine
 
     def _make_engine(self, shape: Shape, division: Division) -> LowLatencyEngine:
-        engine = LowLatencyEngine(self._memory, shape, division, self._group.rank, self._device, self._ranks_per_gpu)
-        engine.configure(self._status.device_address, self._options.timeout, self._options.enable_shrink)
-        return engine
+        options = self._options
+        settings = Settings(
+            shape=shape,
+            rank=self._group.rank,
+            device=self._device,
+            ranks_per_gpu=self._ranks_per_gpu,
+            status_address=self._status.device_address,
+            timeout=options.timeout,
+            is_shrinkable=options.enable_shrink,
+        )
+        return LowLatencyEngine(self._memory, division, settings)
 
     def _clean(self, engine: LowLatencyEngine) -> None:
         """Ranks meet, clear their words, and meet again; on the device where some may be masked."""
