@@ -1,12 +1,15 @@
 """One rank, no peers: the kernels alone, for ncu and compute-sanitizer.
 
-    ncu --clock-control none -k regex:deepep_combine --launch-skip 2 -c 1 python benchmarks/one_rank.py
+ncu --clock-control none -k regex:deepep_combine --launch-skip 2 -c 1 python benchmarks/one_rank.py
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=7168)
     parser.add_argument("--num-sms", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--profile-host", action="store_true", help="where Python spends a call's time")
     args = parser.parse_args()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     num_tokens, hidden, experts, topk = args.tokens, args.hidden, 256, 8
@@ -43,7 +47,29 @@ def main() -> None:
                 )  # fmt: skip
             buffer.combine(got[0], got[3], num_sms=args.num_sms)
     torch.cuda.synchronize()
+    if args.profile_host:
+        _profile_host(lambda: buffer.dispatch(x, topk_idx=topk_idx, num_experts=experts, num_sms=args.num_sms))
     buffer.destroy()
+
+
+def _profile_host(call: Callable[[], Any]) -> None:
+    import cProfile
+    import pstats
+
+    profile = cProfile.Profile()
+    for _ in range(200):
+        torch.cuda.synchronize()
+        profile.enable()
+        call()
+        profile.disable()
+    pstats.Stats(profile).sort_stats("tottime").print_stats(25)
+    times = []
+    for _ in range(100):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    print(f"host time of a call: {statistics.median(times) * 1e6:.1f} us")
 
 
 if __name__ == "__main__":

@@ -12,15 +12,16 @@ __device__ bool find_sources(const Operation& op, const DispatchArgs& args, Sour
                         static_cast<uint32_t>(args.sf_offset / 16), args.ring_rows, args.room, 0, 0, nullptr);
     }
     const uint64_t start = global_timer_ns();
+    // Threads that have no word of a header to look at wait for the metadata meanwhile.
+    const uint32_t from_end = blockDim.x - 1 - threadIdx.x;
+    if (!args.is_cached && from_end < num_ranks) {
+        op.wait(reinterpret_cast<uint64_t*>(op.transport.local(op.ready_at(from_end))), op.epoch, 0, from_end);
+    }
     op.wait_headers(header);
     if (args.is_cached && args.wait_stats != 0 && blockIdx.x == 0 && threadIdx.x < num_ranks) {
         pointer<int64_t>(args.wait_stats)[threadIdx.x] += static_cast<int64_t>((global_timer_ns() - start) / 1000);
     }
-    if (args.is_cached) {
-        op.compare_headers(header);
-    } else if (threadIdx.x < num_ranks) {
-        op.wait(reinterpret_cast<uint64_t*>(op.transport.local(op.ready_at(threadIdx.x))), op.epoch, 0, threadIdx.x);
-    }
+    if (args.is_cached) op.compare_headers(header);
     if (threadIdx.x == 0) *num_passes = 1;
     // Where this source's rows begin at each receiver.
     for (uint32_t receiver = threadIdx.x; !args.is_cached && receiver < num_ranks; receiver += blockDim.x) {

@@ -134,7 +134,6 @@ __device__ bool receive_counts(const Operation& op, const DispatchArgs& args, ui
     if (args.wait_stats != 0 && team.index < num_ranks) {
         pointer<int64_t>(args.wait_stats)[team.index] += static_cast<int64_t>((global_timer_ns() - start) / 1000);
     }
-    if (op.failed()) return false;
     op.compare_headers(header);
     if (op.failed()) return false;
     for (uint32_t i = team.index; i < num_ranks * (num_ranks + num_local); i += team.size) {
@@ -147,7 +146,6 @@ __device__ bool receive_counts(const Operation& op, const DispatchArgs& args, ui
         matrix[i] = word_value(word);  // counts follow the matrix
     }
     team.sync();
-    if (op.failed()) return false;
     // Every rank sees who has too little room, so all of them stop.
     for (uint32_t receiver = team.index; receiver < num_ranks; receiver += team.size) {
         uint32_t arriving = 0;
@@ -240,8 +238,11 @@ __device__ void count_and_place(const Operation& op, const DispatchArgs& args, u
     op.team.sync();
     walk_tokens<true>(op, args, begin, end, own_counters, outboxes);
     announce_metadata(op);
-    if (blockIdx.x != 0) return;
-    if (receive_counts(op, args, shared) && warp == 0) {
+}
+
+// CTA 0, some warps that will stage rows afterwards: take the counts in as soon as they are there, for the host waits.
+__device__ void receive(const Operation& op, const DispatchArgs& args, uint32_t* shared) {
+    if (receive_counts(op, args, shared) && op.team.index < kWarpSize) {
         const uint32_t num_ranks = op.window.num_ranks;
         place_experts(op, args, shared + num_ranks * (kHeaderWords + num_ranks));
     }
@@ -254,25 +255,32 @@ __device__ void count_and_place(const Operation& op, const DispatchArgs& args, u
 
 }  // namespace deepep
 
-extern "C" __global__ void __launch_bounds__(512, 1) deepep_notify(const __grid_constant__ deepep::DispatchArgs args) {
+extern "C" __global__ void __launch_bounds__(768, 1) deepep_notify(const __grid_constant__ deepep::DispatchArgs args) {
     using namespace deepep;
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ PipeBarriers barriers;
     __shared__ Outbox outboxes[kMaxRanks];
+    // Warps that count, warps that move rows; in CTA 0 some of the latter take the other ranks' counts in first.
+    constexpr uint32_t kNumReceivers = 4 * kWarpSize;
     const uint32_t num_walking = args.num_walkers * kWarpSize, warp = warp_index();
     const bool is_walker = threadIdx.x < num_walking;
-    const Team walkers{threadIdx.x, num_walking, 1}, stagers{threadIdx.x - num_walking, blockDim.x - num_walking, 2};
-    const Operation op(args.window, is_walker ? walkers : stagers);
+    const Team walkers{threadIdx.x, num_walking, 1};
+    const Team others{threadIdx.x - num_walking, min_of(kNumReceivers, blockDim.x - num_walking), 2};
+    const Operation op(args.window, is_walker ? walkers : others);
     WarpPipe::init(barriers);
     __syncthreads();
     const uint32_t stage_bytes = args.cut.num_warps * args.cut.slots_per_warp * args.cut.slot_bytes;
+    uint32_t* counters = reinterpret_cast<uint32_t*>(shared + stage_bytes);
     if (is_walker) {
-        count_and_place(op, args, reinterpret_cast<uint32_t*>(shared + stage_bytes), outboxes);
-    } else if (args.num_early_chunks != 0) {
-        const uint32_t number = warp - args.num_walkers;
-        WarpPipe pipe(shared + number * args.cut.slots_per_warp * args.cut.slot_bytes, barriers, number, args.cut);
-        op.wait_readers();
-        stage_chunks(op, args, pipe, &op.control->next_early, 0, args.num_early_chunks);
+        count_and_place(op, args, counters, outboxes);
+    } else {
+        if (blockIdx.x == 0 && others.index < others.size) receive(op, args, counters + args.num_counters);
+        if (args.num_early_chunks != 0) {
+            const uint32_t number = warp - args.num_walkers;
+            WarpPipe pipe(shared + number * args.cut.slots_per_warp * args.cut.slot_bytes, barriers, number, args.cut);
+            op.wait_readers();
+            stage_chunks(op, args, pipe, &op.control->next_early, 0, args.num_early_chunks);
+        }
     }
     op.leave(false, false);
 }

@@ -80,7 +80,9 @@ class DispatchArgs(ctypes.Structure):
         ("header", ctypes.c_uint32 * NUM_AGREED),
         *_u32("num_tokens", "num_slots", "num_topk", "num_experts", "num_sf", "sf_format", "hidden"),
         *_u32("ring_rows", "sf_pitch", "is_in_window", "room", "num_rows", "num_compact_rows", "alignment"),
-        *_u32("do_zero_padding", "is_cached", "is_exact", "is_expanded", "num_early_chunks", "num_walkers"),
+        *_u32(
+            "do_zero_padding", "is_cached", "is_exact", "is_expanded", "num_early_chunks", "num_walkers", "num_counters"
+        ),
         *_u32("metadata_rows", "sf_is_bulk", "recv_sf_is_bulk"),
         ("cut", Cut),
     ]

@@ -14,7 +14,7 @@ from deepep.errors import InvalidArgument, UnsupportedOperation
 
 _KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _NUM_STAGE_WARPS = 5
-_NUM_SUM_WARPS = 9
+_NUM_SUM_WARPS = 10
 
 
 def combine(engine: Engine, request: CombineRequest) -> CombineResult:

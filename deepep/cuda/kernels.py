@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from deepep.cuda import ll_structs
 from deepep.cuda.arguments import Cut
 from deepep.cuda.jit import KernelSpec
@@ -23,7 +25,7 @@ NUM_CLERK_WARPS = 2
 """Warps of a dispatch kernel that write metadata while the others move rows."""
 MAX_COMBINE_WARPS = 12
 MAX_STAGE_WARPS = 8
-MAX_WALKERS = 8
+MAX_WALKERS = 16
 """Warps of notify that move rows, and that count."""
 DISPATCH_PIECE_BYTES = 8192
 COMBINE_PIECE_BYTES = 2048
@@ -45,8 +47,9 @@ def align_up(value: int, alignment: int) -> int:
     return -(-value // alignment) * alignment
 
 
+@functools.cache
 def cut_rows(row_bytes: int, extra_bytes: int, max_piece: int, max_warps: int, smem_bytes: int, op: str) -> Cut:
-    """Divide shared memory among warps.
+    """Divide shared memory among warps. What is returned is shared: assigning it to a member of a struct copies it.
 
     Args:
         row_bytes: of a row, a multiple of 16.

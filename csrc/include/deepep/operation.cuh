@@ -168,7 +168,7 @@ struct Operation {
     // Compare headers; one thread per rank finds the first difference.
     __device__ void compare_headers(const uint32_t* header) const {
         const uint32_t peer = team.index;
-        if (peer < window.num_ranks && peer != window.rank && !failed()) {
+        if (peer < window.num_ranks && peer != window.rank) {
             const uint32_t* theirs = header + peer * kHeaderWords;
             const uint32_t* ours = header + window.rank * kHeaderWords;
             if (theirs[kHeaderRefused]) {

@@ -17,98 +17,96 @@ struct Job {
     const uint8_t* row[2];       // null: the slot adds nothing
     const uint64_t* flag[2];     // that says the row is there; null if it is anyway
     uint32_t lap[2], peer[2];
-    uint64_t mask, ready;        // by slot, the same in all lanes
+    uint32_t order[2];           // which term of the sum this is
+    uint32_t num_terms;
+    bool is_ready;
 
     __device__ void clear() {
-        is_valid = false;
+        is_valid = is_ready = false;
         row[0] = row[1] = nullptr;
         flag[0] = flag[1] = nullptr;
         lap[0] = lap[1] = peer[0] = peer[1] = 0;
-        mask = ready = 0;
+        order[0] = order[1] = kNoEntry;
+        num_terms = 0;
     }
 
     // After the lanes have filled in their slots.
     __device__ void settle(const Operation& op) {
         is_valid = true;
-        mask = ready = 0;
+        const uint32_t below = (1u << lane_index()) - 1;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const bool is_ready =
-                flag[half] == nullptr || load_acquire_sys(flag[half]) == make_word(op.epoch, lap[half]);
-            mask |= uint64_t{__ballot_sync(kFullMask, row[half] != nullptr)} << (half * kWarpSize);
-            ready |= uint64_t{__ballot_sync(kFullMask, is_ready)} << (half * kWarpSize);
+            const uint32_t used = __ballot_sync(kFullMask, row[half] != nullptr);
+            order[half] = row[half] != nullptr ? num_terms + __popc(used & below) : kNoEntry;
+            num_terms += __popc(used);
         }
-        fence_bulk();
+        await(op, false);
     }
 
-    // See that the rows of these slots are there; false if one is not and `may_block` is false.
-    __device__ bool await(const Operation& op, uint64_t slots, bool may_block) {
-        const uint64_t unseen = slots & ~ready;
-        if (unseen == 0) return true;
+    // See that all rows are there; false if one is not and `may_block` is false.
+    __device__ bool await(const Operation& op, bool may_block) {
+        if (is_ready) return true;
         bool is_here = true;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            if (!(unseen >> (half * kWarpSize + lane_index()) & 1)) continue;
+            if (flag[half] == nullptr) continue;
             is_here &= may_block ? op.wait(flag[half], op.epoch, lap[half], peer[half])
                                  : load_acquire_sys(flag[half]) == make_word(op.epoch, lap[half]);
         }
-        is_here = __all_sync(kFullMask, is_here);
-        if (!is_here && !may_block) return false;
+        is_ready = __all_sync(kFullMask, is_here) || may_block;
         fence_bulk();
-        ready |= slots;
-        return true;
+        return is_ready;
     }
 
-    // Address of a slot's row. All lanes call it together.
-    __device__ const uint8_t* address(uint32_t slot) const {
-        const uint64_t own = reinterpret_cast<uint64_t>(slot >= kWarpSize ? row[1] : row[0]);
-        return pointer<const uint8_t>(__shfl_sync(kFullMask, own, static_cast<int>(slot % kWarpSize)));
+    // Address of a term's row. All lanes call it together.
+    __device__ const uint8_t* address(uint32_t term) const {
+        const uint32_t lower = __ballot_sync(kFullMask, order[0] == term), upper = __ballot_sync(kFullMask, order[1] == term);
+        const uint64_t own = reinterpret_cast<uint64_t>(lower != 0 ? row[0] : row[1]);
+        return pointer<const uint8_t>(__shfl_sync(kFullMask, own, __ffs(lower | upper) - 1));
     }
 };
 
-// Where the loads have got to: the piece and the slots still to come, of the current job or the next.
+// Where the loads have got to: the piece and the term, of the current job or the next.
 struct LoadCursor {
-    bool is_in_next = false;
-    uint32_t piece = 0;
-    uint64_t left = 0;
+    bool is_in_next;
+    uint32_t piece, term;
 };
 
 // Shared-memory slots of one warp, filled several at a time: a batch of terms has one barrier.
 struct TermPipe {
-    uint8_t* slots;
+    uint32_t slots;  // shared address
     uint64_t* full;
-    uint32_t slot_bytes, num_slots;
+    uint32_t slot_bytes, num_slots, most_terms;
     uint32_t head = 0, tail = 0, num_free;
     uint32_t issued = 0, used = 0;  // batches
 
-    __device__ TermPipe(uint8_t* shared, PipeBarriers& barriers, uint32_t number, const Cut& cut)
-        : slots(shared),
+    __device__ TermPipe(const uint8_t* shared, PipeBarriers& barriers, uint32_t number, const Cut& cut)
+        : slots(shared_address(shared)),
           full(barriers.full[number]),
           slot_bytes(cut.slot_bytes),
           num_slots(cut.slots_per_warp),
+          most_terms(max_of(1u, min_of(kMaxBatch, cut.slots_per_warp / 2))),
           num_free(cut.slots_per_warp) {}
 
     __device__ uint32_t wrap(uint32_t n) const { return n >= num_slots ? n - num_slots : n; }
-    __device__ uint32_t most_terms() const { return max_of(1u, min_of(kMaxBatch, num_slots / 2)); }
 
-    // Each lane loads the terms it holds.
-    __device__ void issue(const Job& job, uint64_t chosen, uint32_t num_terms, uint32_t offset, uint32_t num_bytes) {
+    // Each lane loads the terms it holds, of [first, first + num_terms).
+    __device__ void issue(const Job& job, uint32_t first, uint32_t num_terms, uint32_t offset, uint32_t num_bytes) {
         uint64_t* barrier = full + issued % kMaxSlots;
         if (lane_index() == 0) barrier_expect(barrier, num_terms * num_bytes);
         __syncwarp();
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const uint32_t slot = lane_index() + half * kWarpSize;
-            if (!(chosen >> slot & 1)) continue;
-            const uint32_t before = __popcll(chosen & ((uint64_t{1} << slot) - 1));
-            bulk_load(slots + wrap(head + before) * slot_bytes, job.row[half] + offset, num_bytes, barrier);
+            const uint32_t place = job.order[half] - first;  // wraps to something large below `first`
+            if (place >= num_terms) continue;
+            bulk_load_at(slots + wrap(head + place) * slot_bytes, job.row[half] + offset, num_bytes, barrier);
         }
         head = wrap(head + num_terms);
         num_free -= num_terms;
         ++issued;
     }
     __device__ void wait() const { barrier_wait(full + used % kMaxSlots, used / kMaxSlots % 2); }
-    __device__ const uint8_t* term(uint32_t i) const { return slots + wrap(tail + i) * slot_bytes; }
+    __device__ uint32_t term(uint32_t i) const { return slots + wrap(tail + i) * slot_bytes; }
     __device__ void release(uint32_t num_terms) {
         __syncwarp();  // everyone has read them
         tail = wrap(tail + num_terms);
@@ -116,13 +114,6 @@ struct TermPipe {
         ++used;
     }
 };
-
-// The lowest `most` bits of a mask.
-__device__ __forceinline__ uint64_t lowest_bits(uint64_t mask, uint32_t most) {
-    uint64_t rest = mask;
-    for (uint32_t i = 0; i < most && rest != 0; ++i) rest &= rest - 1;
-    return mask ^ rest;
-}
 
 // Provider: bool load(Job&); void start(Job&); void begin(const Job&, uint32_t vec, float (&)[n]);
 //           void write(const Job&, uint32_t vec, const Vec16&); void finish(const Job&). vec: 16-byte vector of the row.
@@ -135,41 +126,39 @@ struct Reducer {
     LoadCursor cursor;
 
     __device__ bool try_issue(Job& current, Job& next) {
-        if (cursor.left == 0) {
-            if (cursor.piece + 1 < cut.num_pieces && (cursor.is_in_next ? next.mask : current.mask) != 0) {
-                ++cursor.piece;
-            } else if (!cursor.is_in_next && next.is_valid && next.mask != 0) {
-                cursor.is_in_next = true;
-                cursor.piece = 0;
-            } else {
-                return false;
-            }
-            cursor.left = cursor.is_in_next ? next.mask : current.mask;
+        if (!cursor.is_in_next && cursor.piece == cut.num_pieces) {
+            if (!next.is_valid) return false;
+            cursor = {true, 0, 0};
         }
-        const uint64_t chosen = lowest_bits(cursor.left, pipe.most_terms());
-        const uint32_t num_terms = __popcll(chosen);
+        const uint32_t job_terms = cursor.is_in_next ? next.num_terms : current.num_terms;
+        if (cursor.piece == cut.num_pieces || job_terms == 0) return false;
+        const uint32_t num_terms = min_of(pipe.most_terms, job_terms - cursor.term);
         if (num_terms > pipe.num_free) return false;
         // Never wait for the next job: what it needs may be published only after the current one is done.
         const uint32_t offset = cursor.piece * cut.piece_bytes, num_bytes = piece_length(cut, cursor.piece);
         if (cursor.is_in_next) {
-            if (!next.await(op, chosen, false)) return false;
-            pipe.issue(next, chosen, num_terms, offset, num_bytes);
+            if (!next.await(op, false)) return false;
+            pipe.issue(next, cursor.term, num_terms, offset, num_bytes);
         } else {
-            current.await(op, chosen, true);
-            pipe.issue(current, chosen, num_terms, offset, num_bytes);
+            current.await(op, true);
+            pipe.issue(current, cursor.term, num_terms, offset, num_bytes);
         }
-        cursor.left ^= chosen;
+        cursor.term += num_terms;
+        if (cursor.term == job_terms) {
+            cursor.term = 0;
+            ++cursor.piece;
+        }
         return true;
     }
 
-    template <bool kFull>
-    __device__ void add(float (&total)[kMaxPieceVecs][Type::kPerVec], const uint8_t* data, uint32_t num_vecs) const {
-        const Vec16* vecs = reinterpret_cast<const Vec16*>(data) + lane_index();
+    // load(i): the lane's i-th vector of a term.
+    template <bool kFull, typename Load>
+    __device__ void add(float (&total)[kMaxPieceVecs][Type::kPerVec], uint32_t num_vecs, Load load) const {
 #pragma unroll
         for (uint32_t i = 0; i < kMaxPieceVecs; ++i) {
             if (!kFull && lane_index() + i * kWarpSize >= num_vecs) continue;
             float term[Type::kPerVec];
-            Type::unpack(vecs[i * kWarpSize], term);
+            Type::unpack(load(i), term);
 #pragma unroll
             for (int j = 0; j < Type::kPerVec; ++j) total[i][j] = __fadd_rn(total[i][j], term[j]);
         }
@@ -184,21 +173,24 @@ struct Reducer {
         for (uint32_t i = 0; i < kMaxPieceVecs; ++i) {
             if (kFull || lane + i * kWarpSize < num_vecs) provider.begin(current, first_vec + i * kWarpSize, total[i]);
         }
-        for (uint64_t left = current.mask; left != 0;) {
+        for (uint32_t first = 0; first < current.num_terms;) {
             if constexpr (kHasBulkCopies) {
-                const uint64_t chosen = lowest_bits(left, pipe.most_terms());
-                const uint32_t num_terms = __popcll(chosen);
+                const uint32_t num_terms = min_of(pipe.most_terms, current.num_terms - first);
                 while (pipe.issued == pipe.used) try_issue(current, next);
                 pipe.wait();
-                for (uint32_t i = 0; i < num_terms; ++i) add<kFull>(total, pipe.term(i), num_vecs);
+                for (uint32_t i = 0; i < num_terms; ++i) {
+                    const uint32_t data = pipe.term(i) + lane * sizeof(Vec16);
+                    add<kFull>(total, num_vecs, [&](uint32_t n) { return load_shared(data + n * kWarpSize * sizeof(Vec16)); });
+                }
                 pipe.release(num_terms);
                 try_issue(current, next);
-                left ^= chosen;
+                first += num_terms;
             } else {
-                current.await(op, left & (~left + 1), true);
-                const uint32_t slot = __ffsll(static_cast<long long>(left)) - 1;
-                add<kFull>(total, current.address(slot) + piece * cut.piece_bytes, num_vecs);
-                left &= left - 1;
+                current.await(op, true);
+                const Vec16* data =
+                    reinterpret_cast<const Vec16*>(current.address(first) + piece * cut.piece_bytes) + lane;
+                add<kFull>(total, num_vecs, [&](uint32_t n) { return load_stream(data + n * kWarpSize); });
+                ++first;
             }
         }
 #pragma unroll
@@ -214,7 +206,7 @@ struct Reducer {
         current.clear();
         next.clear();
         if (!provider.load(current)) return;
-        cursor = {false, 0, current.mask};
+        cursor = {false, 0, 0};
         for (;;) {
             if constexpr (kHasBulkCopies) {
                 // Before anything else of this job is waited for.
@@ -236,7 +228,7 @@ struct Reducer {
             if (cursor.is_in_next) {
                 cursor.is_in_next = false;
             } else {
-                cursor = {false, 0, current.mask};
+                cursor = {false, 0, 0};
             }
             next.clear();
         }

@@ -82,9 +82,11 @@ class IpcBackend(Backend):
         from deepep.cuda.dispatch import Sent, dispatch
 
         result = dispatch(self._engine, request)
-        row_bytes = request.x.shape[1] * request.x.element_size() if request.sf_format is None else request.x.shape[1]
         sent = result.routing.private
-        self._count("dispatch", sent.num_rows if isinstance(sent, Sent) else (), row_bytes)
+        if isinstance(sent, Sent):
+            self._count("dispatch", sent.num_rows, sent.row_bytes)
+        else:
+            self._count("dispatch", (), 0)
         return result
 
     def combine(self, request: CombineRequest) -> CombineResult:

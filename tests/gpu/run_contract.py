@@ -1,0 +1,163 @@
+"""Run the contract's checks on GPUs, all ranks on the GPUs there are (start MPS first where they share one).
+
+python tests/gpu/run_contract.py --ranks 1 2 4 8 --seconds 60
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+from deepep.testing import contract, launch
+from deepep.testing.routing import Case
+from deepep.testing.target import Target
+
+
+def larger_cases(num_ranks: int) -> dict[str, Case]:
+    """What the portable cases leave out: many top-k positions, several laps of the window, many tokens."""
+    wide = Case((40,) * num_ranks, hidden=256, num_experts=64 * num_ranks, num_topk=48, pattern="holes", seed=90)
+    many = Case((2100,) * num_ranks, hidden=1024, num_experts=16 * num_ranks, num_topk=8, expert_alignment=16, seed=91)
+    return {
+        "k33": replace(wide, num_topk=33),
+        "k48": wide,
+        "k64": replace(wide, num_topk=64, pattern="uniform"),
+        "many": replace(many, num_tokens=tuple(2100 - 613 * (rank % 3) for rank in range(num_ranks))),
+        "many_fp8": replace(many, dtype=torch.float8_e4m3fn, num_sf=8),
+        "laps": replace(many, hidden=8192, num_tokens=(1500,) * num_ranks, num_max_tokens_per_rank=1500),
+    }
+
+
+LARGER = ("dispatch", "combine", "worst_case", "elastic_combine", "expanded_dispatch", "expanded_combine")
+
+
+class SmallWindow(Target):
+    """Buffers with the least window, so that rows go round it several times."""
+
+    def buffer(self, group: Any, case: Case, *, low_latency_mode: bool = False, **options: Any) -> Any:
+        import deepep
+
+        del low_latency_mode, case
+        return deepep.Buffer(
+            group, 1 << 20, explicitly_destroy=True, backend=self.backend, timeout=self.timeout, **options
+        )
+
+
+def run_larger(group: Any, check: str, case: str, target: Target) -> str:
+    cases = larger_cases(group.size())
+    if case == "laps" and check in ("dispatch", "combine", "worst_case"):
+        target = SmallWindow(target.backend, target.device, target.timeout)
+    contract.CHECKS[check].run(group, target, cases[case])
+    return ""
+
+
+def run_faults(group: Any, check: str, case: str, target: Target) -> str:
+    """Ranks that disagree, refuse, have too little room or do not come: errors with a name, and life goes on."""
+    import deepep
+
+    del check, case
+    rank, num_ranks = group.rank(), group.size()
+    if num_ranks < 2:
+        return "needs 2 ranks"
+    buffer = deepep.Buffer(group, 8 << 20, explicitly_destroy=True, backend=target.backend, timeout=3.0)
+    x = torch.randn(40, 256, device="cuda").to(torch.bfloat16)
+    idx = torch.stack([torch.randperm(4 * num_ranks)[:4] for _ in range(40)]).cuda()
+    layout = buffer.get_dispatch_layout(idx, 4 * num_ranks)
+    known = {"num_tokens_per_rank": layout[0], "num_tokens_per_expert": layout[2], "is_token_in_rank": layout[3]}
+
+    def good() -> None:
+        recv, *_, handle, _ = buffer.dispatch(x, topk_idx=idx, **known)
+        buffer.combine(recv, handle)
+        torch.cuda.synchronize()
+
+    def fails(kind: type[Exception], call: Any) -> str:
+        try:
+            call()
+        except kind as error:
+            return str(error)
+        raise AssertionError(f"rank {rank}: {kind.__name__} was not raised")
+
+    good()
+    narrow = x[:, : 256 - 128 * (rank == 1)].contiguous()
+    text = fails(deepep.InvalidArgument, lambda: buffer.dispatch(narrow, topk_idx=idx, **known))
+    assert "hidden" in text and "128" in text and "256" in text, text
+    good()
+    bad_idx = idx if rank else idx.int()
+    text = fails(deepep.InvalidArgument, lambda: buffer.dispatch(x, topk_idx=bad_idx, **known))
+    good()
+    buffer.dispatch(x, topk_idx=idx, num_worst_tokens=2, **known)
+    torch.cuda.synchronize()
+    text = fails(deepep.InvalidArgument, good)
+    assert "room for 2" in text, text
+    good()
+    buffer._backend.barrier()
+    torch.cuda.synchronize()
+    started = time.monotonic()
+    if rank == 1:
+        time.sleep(5.0)
+    else:
+        text = fails(deepep.CommTimeout, lambda: buffer.dispatch(x, topk_idx=idx, **known))
+        assert "rank(s) 1 " in text, text
+        assert 2.0 < time.monotonic() - started < 6.0, time.monotonic() - started
+    assert float((x.float() * 0 + 1).sum()) == x.numel()
+    torch.distributed.barrier()
+    buffer.destroy()
+    return ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--backend", default="ipc")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--low-latency", action="store_true")
+    parser.add_argument("--failures", type=int, default=6)
+    args = parser.parse_args()
+    target = Target(args.backend, "cuda", 10.0)
+    num_failed = 0
+    for num_ranks in args.ranks:
+        jobs = [(contract.run_check, check, case) for check, case in contract.checks_and_cases()]
+        jobs = [job for job in jobs if args.low_latency or not job[1].startswith("low_latency")]
+        jobs += [(run_larger, check, case) for case in larger_cases(1) for check in LARGER]
+        jobs = [job for job in jobs if not job[2].startswith("hosts")]
+        jobs = [job for job in jobs if not args.only or job[1] in args.only or job[2] in args.only]
+        num_failed += _run_jobs(num_ranks, jobs, target, args.seconds, args.failures)
+    return 1 if num_failed else 0
+
+
+def _run_jobs(num_ranks: int, jobs: list[Any], target: Target, seconds: float, most_failures: int) -> int:
+    jobs = [*jobs, (run_faults, "faults", "")] if len(jobs) > 20 else jobs
+    started, passed, failed, skipped = time.monotonic(), 0, 0, 0
+    with launch.Workers(num_ranks, device="cuda") as workers:
+        for run, check, case in jobs:
+            if (time.monotonic() - started > seconds or failed >= most_failures) and run is not run_faults:
+                continue
+            try:
+                reasons = workers.run(run, check, case, target, timeout=40.0)
+            except Exception as error:  # noqa: BLE001 (whatever a rank raises is a finding)
+                failed += 1
+                print(f"R={num_ranks} FAILED {check}-{case}: {type(error).__name__}: {str(error)[:1500]}", flush=True)
+                continue
+            if any(reasons):
+                skipped += 1
+                print(f"R={num_ranks} skipped {check}-{case}: {next(filter(None, reasons))[:120]}", flush=True)
+            else:
+                passed += 1
+    took = time.monotonic() - started
+    print(
+        f"R={num_ranks}: {passed} passed, {failed} failed, {skipped} skipped, of {len(jobs)} in {took:.1f} s",
+        flush=True,
+    )
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

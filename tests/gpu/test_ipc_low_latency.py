@@ -1,0 +1,28 @@
+"""Low latency on GPUs: graphs, repeatability, ranks that leave."""
+
+from __future__ import annotations
+
+import pytest
+from low_latency_steps import lose_without_masks, repeat_bitwise, replay_graphs, shrink
+
+from deepep.testing.launch import spawn
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_graphs_and_eager_calls_take_turns_over_changing_routing(num_ranks: int) -> None:
+    assert spawn(replay_graphs, num_ranks, 1000, device="cuda", timeout=200) == [0] * num_ranks
+
+
+@pytest.mark.parametrize("num_ranks", [2, 8])
+def test_repeats_are_bitwise_equal(num_ranks: int) -> None:
+    assert spawn(repeat_bitwise, num_ranks, 200, 20, device="cuda", timeout=200) == [0] * num_ranks
+
+
+@pytest.mark.parametrize("leave_before", ["dispatch", "combine", "clean"])
+def test_survivors_mask_the_rank_that_leaves(leave_before: str) -> None:
+    results = spawn(shrink, 3, leave_before, device="cuda", timeout=100)
+    assert results == ["went on", "went on", "left"]
+
+
+def test_a_missing_rank_is_named_by_the_next_call() -> None:
+    assert spawn(lose_without_masks, 3, device="cuda", timeout=100) == ["named it"] * 3
