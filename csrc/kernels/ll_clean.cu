@@ -40,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(deepep::kLlThreads)
             reinterpret_cast<uint64_t*>(call.transport.local(args.words_offset + bank * args.common.window.bank_stride));
         for (uint64_t i = threadIdx.x; i < args.num_words; i += kLlThreads) words[i] = 0;
     }
-    uint32_t* counters = call.state->epoch;
+    uint32_t* counters = reinterpret_cast<uint32_t*>(call.state);
     if (counters + threadIdx.x < call.state->mask) counters[threadIdx.x] = 0;
     if (args.is_barrier) barrier(args, call);
 }

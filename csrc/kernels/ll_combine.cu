@@ -7,8 +7,8 @@
 namespace deepep {
 namespace {
 
-constexpr uint32_t kTermsAtOnce = 4;  // rows of which a thread holds vectors at the same time
-constexpr uint32_t kVecsAtOnce = 1;   // vectors of each of them, a team apart
+constexpr uint32_t kTermsAtOnce = 2;  // rows of which a thread holds vectors at the same time
+constexpr uint32_t kVecsAtOnce = 2;   // vectors of each of them, a team apart
 
 // The rows that add up to one row, by top-k position, which positions count, and which there are at all: a rank whose
 // positions are all left out owes the home a row of zeros nevertheless.
@@ -114,35 +114,53 @@ __device__ void send_weights(const LlCombineArgs& args, const LlCall& call) {
     }
 }
 
-// Where a rank's weights of one token come from.
+// Where the weights of one token come from.
 enum class Weights : uint32_t { kNone, kSentAhead, kSentNow, kOwn };
 
-// By the first threads of a team: find the rows here of one token of `source`, and their weights.
-__device__ void list_terms(const LlCombineArgs& args, const LlCall& call, const Team& team, uint32_t source,
-                           uint64_t index, Weights from, Terms& terms) {
-    const LlShape& shape = args.common.shape;
-    const uint32_t num_topk = shape.num_topk, k = team.thread;
-    if (k >= kLlMaxTopk) return;
-    const uint64_t choice = index * num_topk + k;
+__device__ __forceinline__ Weights weights_of(const LlCombineArgs& args, uint32_t source, uint32_t header) {
+    if (args.is_per_copy) return Weights::kNone;
+    if (source == args.common.shape.rank) return Weights::kOwn;
+    return header & kHasWeights ? Weights::kSentAhead : Weights::kSentNow;
+}
+
+// What one of a team's first threads knows of a choice; loaded without waiting for anything.
+struct Choice {
     int32_t row = -1;
-    uint32_t weight = 0;
-    if (k < num_topk) {
-        row = pointer<const int32_t>(args.common.routes)[choice];
-        if (from == Weights::kSentAhead) weight = pointer<const uint32_t>(args.common.route_weights)[choice];
+    uint32_t weight = 0;  // as sent ahead, or of this rank's own token
+};
+
+// Choice k of the token in slot `index` of all sources.
+__device__ __forceinline__ Choice load_choice(const LlCombineArgs& args, uint64_t index, uint32_t k, bool is_own) {
+    const LlShape& shape = args.common.shape;
+    Choice choice;
+    if (k >= shape.num_topk) return choice;
+    const uint64_t at = index * shape.num_topk + k;
+    choice.row = pointer<const int32_t>(args.common.routes)[at];
+    if (is_own) {
+        const uint64_t own = at - static_cast<uint64_t>(shape.rank) * shape.num_max_tokens * shape.num_topk;
+        choice.weight = pointer<const uint32_t>(args.topk_weights)[own];
+        if (pointer<const int64_t>(args.topk_idx)[own] < 0) choice.weight = kSkippedWeight;
+    } else {
+        choice.weight = pointer<const uint32_t>(args.common.route_weights)[at];
     }
-    if (row >= 0 && from == Weights::kSentNow) {
-        if (!call.wait<false>(source, call.own_word(args.common.window.weights, choice), weight)) weight = kSkippedWeight;
+    return choice;
+}
+
+// By the first threads of a team: list the rows here of one token of `source`, and their weights.
+__device__ void list_terms(const LlCombineArgs& args, const LlCall& call, const Team& team, uint32_t source,
+                           uint64_t index, Weights from, Choice choice, Terms& terms) {
+    const uint32_t k = team.thread;
+    if (k >= kLlMaxTopk) return;
+    if (from == Weights::kNone) choice.weight = 0;
+    if (from == Weights::kSentNow && choice.row >= 0) {
+        const uint64_t* word = call.own_word(args.common.window.weights, index * args.common.shape.num_topk + k);
+        if (!call.wait<false>(source, word, choice.weight)) choice.weight = kSkippedWeight;
     }
-    if (row >= 0 && from == Weights::kOwn) {
-        const uint64_t own = choice - static_cast<uint64_t>(shape.rank) * shape.num_max_tokens * num_topk;
-        const bool is_left_out = pointer<const int64_t>(args.topk_idx)[own] < 0;
-        weight = is_left_out ? kSkippedWeight : pointer<const uint32_t>(args.topk_weights)[own];
-    }
-    terms.row[k] = row;
-    terms.weight[k] = __uint_as_float(weight);
-    const uint32_t owes = __ballot_sync(kFullMask, row >= 0);
+    terms.row[k] = choice.row;
+    terms.weight[k] = __uint_as_float(choice.weight);
+    const uint32_t owes = __ballot_sync(kFullMask, choice.row >= 0);
     if (lane_index() == 0) terms.owes[k / kWarpSize] = owes;
-    set_valid(team, row >= 0 && weight != kSkippedWeight, terms);
+    set_valid(team, choice.row >= 0 && choice.weight != kSkippedWeight, terms);
 }
 
 // By the 16 lanes of a group.
@@ -177,8 +195,34 @@ __device__ void push_copies(const LlCombineArgs& args, const Team& team, const T
     }
 }
 
+// A token that a team pushes a row for, as a number: sources take turns. This rank's own may be left out.
+struct Debt {
+    uint32_t source, token;
+    uint64_t index;  // slot among those of all sources
+    __device__ Debt(const LlCombineArgs& args, uint32_t number) {
+        const LlShape& shape = args.common.shape;
+        const uint32_t num_sources = count(args);
+        source = number % num_sources;
+        token = number / num_sources;
+        if (args.keeps_own && source >= shape.rank) ++source;
+        index = static_cast<uint64_t>(source) * shape.num_max_tokens + token;
+    }
+    __device__ static uint32_t count(const LlCombineArgs& args) { return args.common.shape.num_ranks - args.keeps_own; }
+};
+
+// The choice of the team's first debt, whose source may turn out not to have that many tokens.
+__device__ Choice load_first(const LlCombineArgs& args, const Team& team) {
+    if (Debt::count(args) == 0) return {};
+    const Debt debt(args, team.global_index());
+    if (debt.token >= args.common.shape.num_max_tokens) return {};
+    const bool is_own = debt.source == args.common.shape.rank;
+    if (is_own && debt.token >= args.common.num_tokens) return {};
+    return load_choice(args, debt.index, team.thread, is_own);
+}
+
 // Push what this rank owes, to itself only where it does not keep it.
-__device__ void send(const LlCombineArgs& args, const LlCall& call, const uint32_t* headers) {
+__device__ void send(const LlCombineArgs& args, const LlCall& call, const Team& team, const uint32_t* headers,
+                     Choice choice) {
     __shared__ Terms listed[kLlMaxTeams][2];
     const LlCommon& common = args.common;
     const LlShape& shape = common.shape;
@@ -187,27 +231,21 @@ __device__ void send(const LlCombineArgs& args, const LlCall& call, const uint32
     for (uint32_t rank = 0; rank < shape.num_ranks; ++rank) {
         max_tokens = max_of(max_tokens, headers[rank] & ~kHasWeights);
     }
-    const Team team(common.team_threads);
     const uint32_t row_vecs = shape.hidden / Bf16::kPerVec;
-    const uint32_t num_sources = args.keeps_own ? shape.num_ranks - 1 : shape.num_ranks;
+    bool is_first = true;
     uint32_t turn = 0;
-    for (uint32_t item = team.global_index(); item < max_tokens * num_sources; item += team.global_count()) {
-        uint32_t source = item % num_sources;
-        const uint32_t token = item / num_sources;
-        if (args.keeps_own && source >= shape.rank) ++source;
-        if (token >= (headers[source] & ~kHasWeights) || call.is_masked(source)) continue;
-        const uint64_t index = static_cast<uint64_t>(source) * shape.num_max_tokens + token;
-        const bool is_ahead = (headers[source] & kHasWeights) != 0;
+    for (uint32_t number = team.global_index(); number < max_tokens * Debt::count(args);
+         number += team.global_count(), is_first = false) {
+        const Debt debt(args, number);
+        const uint32_t source = debt.source, header = headers[source];
+        if (debt.token >= (header & ~kHasWeights) || call.is_masked(source)) continue;
+        if (!is_first) choice = load_choice(args, debt.index, team.thread, source == shape.rank);
         Terms& terms = listed[team.index][turn];
         turn ^= 1;
-        const Weights from = args.is_per_copy         ? Weights::kNone
-                             : is_ahead               ? Weights::kSentAhead
-                             : source == shape.rank   ? Weights::kOwn
-                                                      : Weights::kSentNow;
-        list_terms(args, call, team, source, index, from, terms);
+        list_terms(args, call, team, source, debt.index, weights_of(args, source, header), choice, terms);
         team.sync();
         if ((terms.owes[0] | terms.owes[1]) == 0) continue;
-        const uint64_t first = static_cast<uint64_t>(token) * shape.num_slots;
+        const uint64_t first = static_cast<uint64_t>(debt.token) * shape.num_slots;
         Vec16* slots = reinterpret_cast<Vec16*>(
             call.transport.peer_ptr(source, common.window.combine_slots + call.bank)) + first * row_vecs;
         if (args.is_per_copy) {
@@ -275,9 +313,26 @@ __device__ void add_slots(const Team& team, const Terms& all, const Vec16* slots
     }
 }
 
+// What one of a team's first threads knows of a choice of a token at home.
+struct HomeChoice {
+    int32_t expert = -1;
+    Choice own;
+};
+
+__device__ HomeChoice load_home(const LlCombineArgs& args, const Team& team, uint32_t token) {
+    const LlShape& shape = args.common.shape;
+    HomeChoice choice;
+    if (token >= args.common.num_tokens || team.thread >= shape.num_topk) return choice;
+    const uint64_t at = static_cast<uint64_t>(token) * shape.num_topk + team.thread;
+    choice.expert = pointer<const int32_t>(args.common.home_topk)[at];
+    const uint64_t index = static_cast<uint64_t>(shape.rank) * shape.num_max_tokens + token;
+    if (args.keeps_own) choice.own = load_choice(args, index, team.thread, true);
+    return choice;
+}
+
 // This rank's own sum is made before the team waits for the others.
-__device__ void add_up(const LlCombineArgs& args, const LlCall& call, const Team& team, uint32_t token, Vec16* own,
-                       Home& home) {
+__device__ void add_up(const LlCombineArgs& args, const LlCall& call, const Team& team, uint32_t token,
+                       const HomeChoice& choice, Vec16* own, Home& home) {
     const LlShape& shape = args.common.shape;
     const uint32_t row_vecs = shape.hidden / Bf16::kPerVec;
     const uint64_t index = static_cast<uint64_t>(shape.rank) * shape.num_max_tokens + token;
@@ -285,11 +340,10 @@ __device__ void add_up(const LlCombineArgs& args, const LlCall& call, const Team
                          static_cast<uint64_t>(token) * shape.num_slots * row_vecs;
     Vec16* out = pointer<Vec16>(args.out) + static_cast<uint64_t>(token) * row_vecs;
     if (team.thread < shape.num_topk) {
-        const uint64_t choice = static_cast<uint64_t>(token) * shape.num_topk + team.thread;
-        const int32_t expert = pointer<const int32_t>(args.common.home_topk)[choice];
-        home.owners[team.thread] = expert < 0 ? -1 : expert / static_cast<int32_t>(shape.num_local_experts);
+        home.owners[team.thread] =
+            choice.expert < 0 ? -1 : choice.expert / static_cast<int32_t>(shape.num_local_experts);
     }
-    if (args.keeps_own) list_terms(args, call, team, shape.rank, index, Weights::kOwn, home.own);
+    if (args.keeps_own) list_terms(args, call, team, shape.rank, index, Weights::kOwn, choice.own, home.own);
     team.sync();
     if (args.keeps_own) put_sum(args, team, home.own, own);
     await_terms(args, call, team, token, home.owners, home.all);
@@ -302,15 +356,20 @@ __device__ void add_up(const LlCombineArgs& args, const LlCall& call, const Team
     }
 }
 
-__device__ void receive(const LlCombineArgs& args, const LlCall& call, Vec16* own_sums) {
+// A team's first token: from the last team on, since the first ones have rows to send.
+__device__ __forceinline__ uint32_t first_token(const Team& team) {
+    return team.global_count() - 1 - team.global_index();
+}
+
+__device__ void receive(const LlCombineArgs& args, const LlCall& call, const Team& team, HomeChoice choice,
+                        Vec16* own_sums) {
     __shared__ Home homes[kLlMaxTeams][2];
-    const Team team(args.common.team_threads);
+    Vec16* own = own_sums + team.index * (args.common.shape.hidden / Bf16::kPerVec);
     uint32_t turn = 0;
-    // From the last team on, since the first ones have rows to send.
-    for (uint32_t token = team.global_count() - 1 - team.global_index(); token < args.common.num_tokens;
-         token += team.global_count(), turn ^= 1) {
-        Vec16* own = own_sums + team.index * (args.common.shape.hidden / Bf16::kPerVec);
-        add_up(args, call, team, token, own, homes[team.index][turn]);
+    for (uint32_t token = first_token(team); token < args.common.num_tokens; turn ^= 1) {
+        add_up(args, call, team, token, choice, own, homes[team.index][turn]);
+        token += team.global_count();
+        choice = load_home(args, team, token);
     }
 }
 
@@ -323,19 +382,23 @@ extern "C" __global__ void __launch_bounds__(deepep::kLlThreads, deepep::kLlBloc
     extern __shared__ Vec16 own_sums[];
     __shared__ LlShared shared;
     __shared__ uint32_t headers[kLlMaxRanks];
-    const uint64_t credits = args.common.window.combine_credits;
-    LlCall call(args.common, kLlCombine, shared);
+    const LlCommon& common = args.common;
+    const uint64_t credits = common.window.combine_credits;
+    const Team team(common.team_threads);
+    LlCall call(common, kLlCombine, shared);
     call.prepare(credits, args.combine_epoch);
-    if (threadIdx.x < args.common.shape.num_ranks) {
-        headers[threadIdx.x] = pointer<const uint32_t>(args.common.sources)[threadIdx.x];
+    const Choice debt = common.phases & kLlSend ? load_first(args, team) : Choice{};
+    const HomeChoice home = common.phases & kLlRecv ? load_home(args, team, first_token(team)) : HomeChoice{};
+    if (threadIdx.x < common.shape.num_ranks) {
+        headers[threadIdx.x] = pointer<const uint32_t>(common.sources)[threadIdx.x];
     }
     call.begin(args.combine_epoch);
-    if (args.common.phases & kLlSend) {
+    if (common.phases & kLlSend) {
         if (blockIdx.x == gridDim.x - 1) call.publish_credits(credits);
         call.await_credit(threadIdx.x, credits);
         __syncthreads();
-        send(args, call, headers);
+        send(args, call, team, headers, debt);
     }
-    if (args.common.phases & kLlRecv) receive(args, call, own_sums);
+    if (common.phases & kLlRecv) receive(args, call, team, home, own_sums);
     call.end();
 }

@@ -8,17 +8,28 @@ namespace deepep {
 namespace {
 
 constexpr uint32_t kTokensPerFence = 4;  // tokens a block sends before it says that they are there
+constexpr uint32_t kDirectTokens = 4;    // tokens a block has at most, where rows that stay here skip the window
 
-// Where a token goes.
-struct Destinations {
-    uint64_t ranks;  // bit per rank
+// Where a row goes: slots of several ranks, or rows of several local experts.
+struct Targets {
+    uint64_t ranks;  // bit per rank, for slots
     uint32_t count;
-    uint8_t* slot[kLlMaxRanks];
+    uint32_t sf_stride;  // bytes from one word of scale factors to the next
+    uint8_t* row[kLlMaxTopk];
+    uint8_t* sf[kLlMaxTopk];
 };
+static_assert(kLlMaxRanks <= kLlMaxTopk, "a token has as many slots at most");
 
 // The part of a row that a thread holds at once: 16 channels.
 struct Held {
     Vec16 v[2];
+};
+
+// The same on its way out: 16 bytes of FP8 and the scale factor, or two vectors of bf16.
+template <bool kFp8>
+struct Outgoing {
+    Vec16 v[kFp8 ? 1 : 2];
+    uint32_t sf;
 };
 
 // FP8: 16 neighbouring channels, so that 8 lanes share a scale factor. Bf16: two vectors a block apart.
@@ -28,7 +39,7 @@ __device__ uint32_t held_index(uint32_t unit, uint32_t i) {
 }
 
 template <bool kFp8>
-__device__ Held load_unit(const LlDispatchArgs& args, uint32_t token, uint32_t unit) {
+__device__ __forceinline__ Held load_unit(const LlDispatchArgs& args, uint32_t token, uint32_t unit) {
     const uint32_t num_vecs = args.common.shape.hidden / Bf16::kPerVec;
     const Vec16* row = pointer<const Vec16>(args.x) + static_cast<uint64_t>(token) * num_vecs;
     Held held;
@@ -38,16 +49,6 @@ __device__ Held load_unit(const LlDispatchArgs& args, uint32_t token, uint32_t u
         if (index < num_vecs) held.v[i] = load_stream(row + index);
     }
     return held;
-}
-
-__device__ void store_unit_bf16(const LlDispatchArgs& args, const Held& held, uint32_t unit, const Destinations& to) {
-    const uint32_t num_vecs = args.common.shape.hidden / Bf16::kPerVec;
-#pragma unroll
-    for (uint32_t i = 0; i < 2; ++i) {
-        const uint32_t index = held_index<false>(unit, i);
-        if (index >= num_vecs) break;
-        for (uint32_t d = 0; d < to.count; ++d) reinterpret_cast<Vec16*>(to.slot[d])[index] = held.v[i];
-    }
 }
 
 // The largest magnitude of 16 finite channels, two at a time.
@@ -61,44 +62,63 @@ __device__ __forceinline__ float largest_bf16(const Vec16 (&v)[2]) {
     return fmaxf(__uint_as_float(largest << 16), __uint_as_float(largest & 0xffff0000u));
 }
 
-__device__ void store_unit_fp8(const LlDispatchArgs& args, const Held& held, uint32_t unit, const Destinations& to) {
-    constexpr uint32_t kLanes = kGroupSize / 16;
-    const uint32_t lane = lane_index(), active = 0xffu << (lane & ~(kLanes - 1));
-    const float amax = __uint_as_float(lanes_max<kLanes>(__float_as_uint(largest_bf16(held.v)), active));
+constexpr uint32_t kLanesPerGroup = kGroupSize / 16;
+
+// By all lanes of a warp, some of which may hold nothing of the row.
+__device__ __forceinline__ void cast_unit(const LlDispatchArgs& args, const Held& held, Outgoing<true>& out) {
+    const uint32_t active = 0xffu << (lane_index() & ~(kLanesPerGroup - 1));
+    const float amax = __uint_as_float(lanes_max<kLanesPerGroup>(__float_as_uint(largest_bf16(held.v)), active));
     const Fp8Scale scale = fp8_scale(amax, args.sf_format);
-    float values[2][8];
-    Bf16::unpack(held.v[0], values[0]);
-    Bf16::unpack(held.v[1], values[1]);
-    Vec16 out;
+    out.sf = args.sf_format == kSfUe8m0 ? scale.exponent : scale.sf;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const float* four = &values[i / 2][4 * (i % 2)];
-        const uint32_t low = fp8_pair(four[0] * scale.factor, four[1] * scale.factor);
-        out.word[i] = low | fp8_pair(four[2] * scale.factor, four[3] * scale.factor) << 16;
-    }
-    const uint32_t group = unit / kLanes;
-    for (uint32_t d = 0; d < to.count; ++d) {
-        reinterpret_cast<Vec16*>(to.slot[d])[unit] = out;
-        if (lane % kLanes != 0) continue;
-        uint8_t* sf = to.slot[d] + args.common.shape.hidden;
-        if (args.sf_format == kSfUe8m0) {
-            sf[group] = static_cast<uint8_t>(scale.exponent);
-        } else {
-            reinterpret_cast<uint32_t*>(sf)[group] = scale.sf;
+    for (int i = 0; i < 2; ++i) {
+        float x[8];
+        Bf16::unpack(held.v[i], x);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const uint32_t low = fp8_pair(x[4 * j] * scale.factor, x[4 * j + 1] * scale.factor);
+            out.v[0].word[2 * i + j] =
+                low | fp8_pair(x[4 * j + 2] * scale.factor, x[4 * j + 3] * scale.factor) << 16;
         }
     }
 }
 
+__device__ __forceinline__ void cast_unit(const LlDispatchArgs&, const Held& held, Outgoing<false>& out) {
+    out.v[0] = held.v[0];
+    out.v[1] = held.v[1];
+}
+
+__device__ __forceinline__ void store_unit(const LlDispatchArgs& args, const Outgoing<true>& out, uint32_t unit,
+                                           const Targets& to) {
+    const uint32_t group = unit / kLanesPerGroup;
+    const bool has_sf = lane_index() % kLanesPerGroup == 0, is_ue8m0 = args.sf_format == kSfUe8m0;
+    const uint32_t sf_at = is_ue8m0 ? group / 4 * to.sf_stride + group % 4 : group * to.sf_stride;
+    for (uint32_t d = 0; d < to.count; ++d) {
+        reinterpret_cast<Vec16*>(to.row[d])[unit] = out.v[0];
+        if (has_sf && is_ue8m0) to.sf[d][sf_at] = static_cast<uint8_t>(out.sf);
+        if (has_sf && !is_ue8m0) *reinterpret_cast<uint32_t*>(to.sf[d] + sf_at) = out.sf;
+    }
+}
+
+__device__ __forceinline__ void store_unit(const LlDispatchArgs& args, const Outgoing<false>& out, uint32_t unit,
+                                           const Targets& to) {
+    const uint32_t num_vecs = args.common.shape.hidden / Bf16::kPerVec;
+    const bool has_second = held_index<false>(unit, 1) < num_vecs;
+    for (uint32_t d = 0; d < to.count; ++d) {
+        Vec16* row = reinterpret_cast<Vec16*>(to.row[d]);
+        row[unit] = out.v[0];
+        if (has_second) row[held_index<false>(unit, 1)] = out.v[1];
+    }
+}
+
+// By the whole block: the rest of a row, `out` being a thread's first part of it.
 template <bool kFp8>
-__device__ void store_row(const LlDispatchArgs& args, uint32_t token, Held held, const Destinations& to) {
+__device__ __forceinline__ void store_row(const LlDispatchArgs& args, uint32_t token, Outgoing<kFp8>& out,
+                                          const Targets& to) {
     const uint32_t units = args.common.shape.hidden / (kFp8 ? 16 : 8), stride = kFp8 ? kLlThreads : 2 * kLlThreads;
     for (uint32_t unit = threadIdx.x; unit < units; unit += stride) {
-        if (unit != threadIdx.x) held = load_unit<kFp8>(args, token, unit);
-        if constexpr (kFp8) {
-            store_unit_fp8(args, held, unit, to);
-        } else {
-            store_unit_bf16(args, held, unit, to);
-        }
+        if (unit != threadIdx.x) cast_unit(args, load_unit<kFp8>(args, token, unit), out);
+        store_unit(args, out, unit, to);
     }
 }
 
@@ -151,29 +171,40 @@ __device__ void publish_counts(const LlDispatchArgs& args, const LlCall& call, c
 
 // A token's choices, two per lane of the first warp.
 struct Choices {
-    int32_t expert[2];
+    int32_t expert[2], owner[2];
     float weight[2];
 };
 
 __device__ __forceinline__ Choices load_choices(const LlDispatchArgs& args, uint32_t token) {
-    const uint32_t num_topk = args.common.shape.num_topk;
-    const uint64_t first = static_cast<uint64_t>(token) * num_topk;
+    const LlShape& shape = args.common.shape;
+    const uint64_t first = static_cast<uint64_t>(token) * shape.num_topk;
     Choices choices;
 #pragma unroll
     for (uint32_t i = 0; i < 2; ++i) {
         const uint32_t k = lane_index() + i * kWarpSize;
-        choices.expert[i] = -1;
+        choices.expert[i] = choices.owner[i] = -1;
         choices.weight[i] = 0;
-        if (warp_index() != 0 || k >= num_topk) continue;
+        if (warp_index() != 0 || k >= shape.num_topk) continue;
         choices.expert[i] = static_cast<int32_t>(pointer<const int64_t>(args.topk_idx)[first + k]);
         if (args.topk_weights != 0) choices.weight[i] = pointer<const float>(args.topk_weights)[first + k];
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < 2; ++i) {
+        if (choices.expert[i] >= 0) choices.owner[i] = choices.expert[i] / static_cast<int32_t>(shape.num_local_experts);
     }
     return choices;
 }
 
-// By one warp: find the ranks of a token, and write each of them the token's choices. `table` counts on.
+// A choice that stays on this rank.
+struct Stay {
+    int32_t expert;  // local number, -1 if it does not
+    uint32_t position;
+};
+
+// By one warp: find the ranks of a token, and write each of them the token's choices. `table` counts on. With `stays`,
+// this rank's own choices are noted there instead.
 __device__ void address_token(const LlDispatchArgs& args, const LlCall& call, uint32_t token, const Choices& choices,
-                              uint32_t* table, Destinations& to) {
+                              uint32_t* table, Stay* stays, Targets& to) {
     const LlShape& shape = args.common.shape;
     const uint32_t lane = lane_index();
     const uint64_t first = static_cast<uint64_t>(token) * shape.num_topk;
@@ -183,23 +214,32 @@ __device__ void address_token(const LlDispatchArgs& args, const LlCall& call, ui
     for (uint32_t i = 0; i < 2; ++i) {
         const uint32_t k = lane + i * kWarpSize;
         int32_t expert = choices.expert[i];
-        owner[i] = expert >= 0 ? expert / static_cast<int32_t>(shape.num_local_experts) : -1;
+        owner[i] = choices.owner[i];
         local[i] = expert - owner[i] * static_cast<int32_t>(shape.num_local_experts);
         position[i] = expert >= 0 ? table[expert]++ : 0;
         if (owner[i] >= 0 && call.is_masked(owner[i])) expert = owner[i] = -1;
         if (k < shape.num_topk) pointer<int32_t>(args.common.home_topk)[first + k] = expert;
+        if (stays != nullptr) {
+            const bool is_here = owner[i] == static_cast<int32_t>(shape.rank);
+            if (k < shape.num_topk) stays[k] = {is_here ? local[i] : -1, position[i]};
+            if (is_here) owner[i] = -1;
+        }
         if (owner[i] >= 32) high |= 1u << (owner[i] - 32);
         if (owner[i] >= 0 && owner[i] < 32) low |= 1u << owner[i];
     }
-    const uint64_t ranks =
-        static_cast<uint64_t>(__reduce_or_sync(kFullMask, high)) << 32 | __reduce_or_sync(kFullMask, low);
+    low = __reduce_or_sync(kFullMask, low);
+    high = shape.num_ranks > 32 ? __reduce_or_sync(kFullMask, high) : 0;
+    const uint64_t ranks = static_cast<uint64_t>(high) << 32 | low;
     const uint64_t offset = args.common.window.dispatch_slots + call.bank +
                             (static_cast<uint64_t>(shape.rank) * shape.num_max_tokens + token) * shape.slot_bytes;
     uint32_t count = 0;
     for (uint64_t left = ranks; left != 0; left &= left - 1) {
         const int32_t rank = __ffsll(static_cast<long long>(left)) - 1;
         uint8_t* slot = call.transport.peer_ptr(rank, offset);
-        if (lane == 0) to.slot[count] = slot;
+        if (lane == 0) {
+            to.row[count] = slot;
+            to.sf[count] = slot + shape.hidden;
+        }
         ++count;
         LlChoice* out = reinterpret_cast<LlChoice*>(slot + shape.choice_offset);
 #pragma unroll
@@ -208,15 +248,16 @@ __device__ void address_token(const LlDispatchArgs& args, const LlCall& call, ui
             if (k < shape.num_topk) out[k] = {owner[i] == rank ? local[i] : -1, position[i], choices.weight[i], 0};
         }
     }
-    if (lane == 0) to.ranks = ranks, to.count = count;
+    if (lane == 0) to.ranks = ranks, to.count = count, to.sf_stride = 4;
 }
 
 // Tokens [begin, end) that a block sends. The last block publishes counts instead, where there are several.
 struct Range {
-    uint32_t begin, end;
+    uint32_t begin, end, per_block;
     bool is_publisher;
     __device__ explicit Range(uint32_t num_tokens) : is_publisher(blockIdx.x == gridDim.x - 1) {
-        const uint32_t num_senders = max_of(gridDim.x - 1, 1u), per_block = ceil_div(num_tokens, num_senders);
+        const uint32_t num_senders = max_of(gridDim.x - 1, 1u);
+        per_block = ceil_div(num_tokens, num_senders);
         begin = min_of(blockIdx.x * per_block, num_tokens);
         end = blockIdx.x < num_senders ? min_of(begin + per_block, num_tokens) : begin;
     }
@@ -236,23 +277,28 @@ __device__ void signal_tokens(const LlDispatchArgs& args, const LlCall& call, ui
 }
 
 // `table` holds how often the tokens before the range choose each expert; `held` and `choices` are of the first token.
+// With `stays` [.., K] the choices of this rank's own experts are left to receive().
 template <bool kFp8>
 __device__ void send(const LlDispatchArgs& args, const LlCall& call, const Range& range, Held held, Choices choices,
-                     uint32_t* table) {
-    __shared__ Destinations to[2];
+                     uint32_t* table, Stay (*stays)[kLlMaxTopk]) {
+    __shared__ Targets to[2];
     __shared__ uint64_t sent_to[kTokensPerFence];
     for (uint32_t token = range.begin; token < range.end; ++token) {
         const uint32_t place = token - range.begin, in_batch = place % kTokensPerFence;
-        Destinations& now = to[place % 2];
-        if (warp_index() == 0) address_token(args, call, token, choices, table, now);
-        __syncthreads();
-        if (threadIdx.x == 0) sent_to[in_batch] = now.ranks;
-        store_row<kFp8>(args, token, held, now);
+        Targets& now = to[place % 2];
+        if (warp_index() == 0) {
+            address_token(args, call, token, choices, table, stays != nullptr ? stays[place] : nullptr, now);
+        }
+        Outgoing<kFp8> out;
+        cast_unit(args, held, out);
         const bool is_last = token + 1 == range.end;
         if (!is_last) {
             choices = load_choices(args, token + 1);
             held = load_unit<kFp8>(args, token + 1, threadIdx.x);
         }
+        __syncthreads();
+        if (threadIdx.x == 0) sent_to[in_batch] = now.ranks;
+        store_row<kFp8>(args, token, out, now);
         if (in_batch + 1 < kTokensPerFence && !is_last) continue;
         __syncthreads();
         if (warp_index() == 0) signal_tokens(args, call, token - in_batch, in_batch + 1, sent_to);
@@ -265,14 +311,22 @@ struct Arrivals {
     uint32_t is_first_present[kLlMaxTeams];
 };
 
+// The sources whose tokens come through the window: all of them, or all others.
+struct Sources {
+    uint32_t count, rank;  // rank: own number if it is left out, else more than any
+    __device__ Sources(const LlShape& shape, bool without_own)
+        : count(shape.num_ranks - without_own), rank(without_own ? shape.rank : shape.num_ranks) {}
+};
+
 // One token of one source, as a number: sources take turns, so that teams start on what comes first.
 struct Item {
     uint32_t source, token;
     uint64_t slot;  // number
-    __device__ Item(const LlShape& shape, uint32_t number)
-        : source(number % shape.num_ranks),
-          token(number / shape.num_ranks),
-          slot(static_cast<uint64_t>(source) * shape.num_max_tokens + token) {}
+    __device__ Item(const LlShape& shape, const Sources& sources, uint32_t number)
+        : source(number % sources.count), token(number / sources.count) {
+        if (source >= sources.rank) ++source;
+        slot = static_cast<uint64_t>(source) * shape.num_max_tokens + token;
+    }
 };
 
 // By one thread of each team, while others wait for counts: learn whether the team's first token is there. Its source may
@@ -331,6 +385,7 @@ __device__ void place_sources(const LlDispatchArgs& args, uint32_t* table, const
 struct Rows {
     uint32_t is_present, count;
     uint32_t row[kLlMaxTopk];
+    uint32_t sf_at[kLlMaxTopk];  // index of the row's first scale factor
 };
 
 constexpr uint32_t kVecsAtOnce = 4;  // of a row, per thread
@@ -385,22 +440,30 @@ __device__ void load_slot(const LlDispatchArgs& args, const uint8_t* slot, const
     if (kFp8 && team.thread < num_scales(args)) arrived.scale = load_scale(shape, slot, team.thread);
 }
 
+// Note where one choice of a token ended up: `expert` -1 if elsewhere. Gives the row and the index of its first scale.
+__device__ __forceinline__ uint2 keep_route(const LlDispatchArgs& args, uint64_t slot, uint32_t token, uint32_t k,
+                                            int32_t expert, uint32_t place, uint32_t weight) {
+    const LlShape& shape = args.common.shape;
+    const uint64_t route = slot * shape.num_topk + k;
+    const uint32_t room = shape.num_ranks * shape.num_max_tokens, row = expert * room + place;
+    pointer<int32_t>(args.common.routes)[route] = expert < 0 ? -1 : static_cast<int32_t>(row);
+    pointer<uint32_t>(args.common.route_weights)[route] = weight;
+    if (expert >= 0) pointer<uint32_t>(args.src_info)[row] = token;
+    return {row, expert * num_scales(args) * room + place};
+}
+
 // By the first K threads of a team: list the token's rows, and keep them for combine.
 __device__ void list_rows(const LlDispatchArgs& args, const Item& item, const Vec16& raw, const uint32_t* table,
                           uint32_t k, Rows& rows) {
     const LlShape& shape = args.common.shape;
     if (k >= shape.num_topk) return;
     const int32_t expert = static_cast<int32_t>(raw.word[0]);
-    const uint64_t route = item.slot * shape.num_topk + k;
-    int32_t row = -1;
-    if (expert >= 0) {
-        const uint32_t place = table[item.source * shape.num_local_experts + expert] + raw.word[1];
-        row = static_cast<int32_t>(expert * shape.num_ranks * shape.num_max_tokens + place);
-        rows.row[atomicAdd(&rows.count, 1)] = row;
-        pointer<uint32_t>(args.src_info)[row] = item.token;
-    }
-    pointer<int32_t>(args.common.routes)[route] = row;
-    pointer<uint32_t>(args.common.route_weights)[route] = raw.word[2];
+    const uint32_t first = expert < 0 ? 0 : table[item.source * shape.num_local_experts + expert];
+    const uint2 at = keep_route(args, item.slot, item.token, k, expert, first + raw.word[1], raw.word[2]);
+    if (expert < 0) return;
+    const uint32_t index = atomicAdd(&rows.count, 1);
+    rows.row[index] = at.x;
+    rows.sf_at[index] = at.y;
 }
 
 __device__ void store_scales(const LlDispatchArgs& args, const uint8_t* slot, const Team& team, const Rows& rows,
@@ -409,10 +472,7 @@ __device__ void store_scales(const LlDispatchArgs& args, const uint8_t* slot, co
     const uint32_t room = shape.num_ranks * shape.num_max_tokens, count = num_scales(args);
     for (uint32_t sf = team.thread; sf < count; sf += team.threads) {
         if (sf != team.thread) scale = load_scale(shape, slot, sf);
-        for (uint32_t r = 0; r < rows.count; ++r) {
-            const uint64_t column = static_cast<uint64_t>(rows.row[r] / room) * count + sf;
-            pointer<uint32_t>(args.recv_sf)[column * room + rows.row[r] % room] = scale;
-        }
+        for (uint32_t r = 0; r < rows.count; ++r) pointer<uint32_t>(args.recv_sf)[rows.sf_at[r] + sf * room] = scale;
     }
 }
 
@@ -435,45 +495,72 @@ __device__ void forget_token(const LlDispatchArgs& args, const Item& item, uint3
     if (k < num_topk) pointer<int32_t>(args.common.routes)[item.slot * num_topk + k] = -1;
 }
 
+// By the whole block: lay out the rows of its own tokens that stay here, cast once more, while others' are on their way.
 template <bool kFp8>
-__device__ void receive(const LlDispatchArgs& args, const LlCall& call, uint32_t* table) {
-    __shared__ Arrivals from;
-    __shared__ Rows listed[kLlMaxTeams][2];
-    const LlCommon& common = args.common;
-    const LlShape& shape = common.shape;
-    const Team team(common.team_threads);
-    const uint8_t* slots = call.own_bytes(common.window.dispatch_slots);
-    Arrived arrived;
-    uint32_t number = team.global_index();
-    {
-        const Item item(shape, number);
-        if (team.thread == team.threads - 1) {
-            from.is_first_present[team.index] = await_first(args, call, item);
-            listed[team.index][0].count = 0;
-        }
-        await_counts(args, call, table, from);
-        __syncthreads();
-        if (from.is_first_present[team.index]) {
-            load_slot<kFp8>(args, slots + item.slot * shape.slot_bytes, team, arrived);
+__device__ void keep_tokens(const LlDispatchArgs& args, const Range& range, const uint32_t* table,
+                            const Stay (*stays)[kLlMaxTopk], Targets* to) {
+    const LlShape& shape = args.common.shape;
+    const uint32_t place = threadIdx.x / kLlMaxTopk, k = threadIdx.x % kLlMaxTopk, token = range.begin + place;
+    if (token < range.end && k < shape.num_topk) {
+        const Stay stay = stays[place][k];
+        const uint64_t slot = static_cast<uint64_t>(shape.rank) * shape.num_max_tokens + token;
+        const uint32_t first = stay.expert < 0 ? 0 : table[shape.rank * shape.num_local_experts + stay.expert];
+        const uint2 at = keep_route(args, slot, token, k, stay.expert, first + stay.position, 0);
+        if (stay.expert >= 0) {
+            const uint32_t index = atomicAdd(&to[place].count, 1);
+            to[place].row[index] = pointer<uint8_t>(args.recv_x) + uint64_t{at.x} * shape.hidden * (kFp8 ? 1 : 2);
+            to[place].sf[index] = pointer<uint8_t>(args.recv_sf) + uint64_t{at.y} * 4;
+            to[place].sf_stride = 4 * shape.num_ranks * shape.num_max_tokens;
         }
     }
+    Held held;
+    if (range.begin < range.end) held = load_unit<kFp8>(args, range.begin, threadIdx.x);
+    __syncthreads();
+    for (uint32_t own = range.begin; own < range.end; ++own) {
+        Outgoing<kFp8> out;
+        cast_unit(args, held, out);
+        if (own + 1 < range.end) held = load_unit<kFp8>(args, own + 1, threadIdx.x);
+        if (to[own - range.begin].count != 0) store_row<kFp8>(args, own, out, to[own - range.begin]);
+    }
+}
+
+template <bool kFp8>
+__device__ void receive(const LlDispatchArgs& args, const LlCall& call, const Range& range, uint32_t* table,
+                        const Stay (*stays)[kLlMaxTopk]) {
+    __shared__ Arrivals from;
+    __shared__ Rows listed[kLlMaxTeams][2];
+    __shared__ Targets kept[kDirectTokens];
+    const LlCommon& common = args.common;
+    const LlShape& shape = common.shape;
+    const Sources sources(shape, stays != nullptr);
+    const Team team(common.team_threads);
+    if (team.thread == team.threads - 1) {
+        listed[team.index][0].count = 0;
+        from.is_first_present[team.index] =
+            sources.count != 0 && stays == nullptr && await_first(args, call, Item(shape, sources, team.global_index()));
+    }
+    if (threadIdx.x < kDirectTokens) kept[threadIdx.x].count = 0;
+    await_counts(args, call, table, from);
+    __syncthreads();
     place_sources(args, table, from);
     uint32_t max_tokens = 0;
     for (uint32_t rank = 0; rank < shape.num_ranks; ++rank) {
         max_tokens = max_of(max_tokens, from.header[rank] & ~kHasWeights);
     }
     __syncthreads();
-    bool is_first = true;
-    for (uint32_t turn = 0; number < max_tokens * shape.num_ranks; number += team.global_count()) {
-        const Item item(shape, number);
-        if (item.token >= (from.header[item.source] & ~kHasWeights)) {
-            is_first = false;
-            continue;
-        }
-        const uint8_t* slot = slots + item.slot * shape.slot_bytes;
+    if (stays != nullptr) keep_tokens<kFp8>(args, range, table, stays, kept);
+    const uint8_t* slots = call.own_bytes(common.window.dispatch_slots);
+    bool is_known = stays == nullptr;  // of the first item, whether it is there
+    uint32_t turn = 0;
+    for (uint32_t number = team.global_index(); number < max_tokens * sources.count; number += team.global_count()) {
+        const Item item(shape, sources, number);
+        const bool is_first_present = is_known && from.is_first_present[team.index];
+        const bool must_wait = !is_known;
+        is_known = false;
+        if (item.token >= (from.header[item.source] & ~kHasWeights)) continue;
         Rows& rows = listed[team.index][turn];
-        bool is_present = is_first && from.is_first_present[team.index];
-        if (!is_first) {
+        turn ^= 1;
+        if (must_wait) {
             if (team.thread == 0) {
                 uint32_t value = 0;
                 rows.is_present = call.wait<true>(item.source, call.own_word(common.window.present, item.slot), value) &&
@@ -481,30 +568,32 @@ __device__ void receive(const LlDispatchArgs& args, const LlCall& call, uint32_t
                 rows.count = 0;
             }
             team.sync();
-            is_present = rows.is_present;
-            if (is_present) load_slot<kFp8>(args, slot, team, arrived);
         }
-        if (is_present) {
+        if (must_wait ? rows.is_present : is_first_present) {
+            const uint8_t* slot = slots + item.slot * shape.slot_bytes;
+            Arrived arrived;
+            load_slot<kFp8>(args, slot, team, arrived);
             store_token<kFp8>(args, item, slot, team, table, arrived, rows);
         } else {
             forget_token(args, item, team.thread);
         }
-        is_first = false;
-        turn ^= 1;
     }
 }
 
 template <bool kFp8>
 __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table) {
+    __shared__ Stay stays[kDirectTokens][kLlMaxTopk];
     const LlCommon& common = args.common;
     const uint64_t credits = common.window.dispatch_credits;
     const Range range(common.num_tokens);
-    const bool is_sending = (common.phases & kLlSend) != 0;
-    Held held;
-    Choices choices;
+    const bool is_sending = (common.phases & kLlSend) != 0, is_receiving = (common.phases & kLlRecv) != 0;
+    // Rows that stay skip the window where one launch does everything and blocks can remember their tokens.
+    const bool is_direct = is_sending && is_receiving && range.per_block <= kDirectTokens;
     if (is_sending) {
         const uint32_t num_scanned = (range.is_publisher ? common.num_tokens : range.begin) * common.shape.num_topk;
         const Scan scan = load_scan(args, 0, num_scanned);
+        Held held;
+        Choices choices;
         if (range.begin < range.end) {
             choices = load_choices(args, range.begin);
             held = load_unit<kFp8>(args, range.begin, threadIdx.x);
@@ -512,11 +601,7 @@ __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table) {
         call.prepare(credits, common.call_epoch);
         clear(args, table);
         count_experts(args, scan, num_scanned, table);
-    } else {
-        call.prepare(credits, common.call_epoch);
-    }
-    call.begin(common.call_epoch);
-    if (is_sending) {
+        call.begin(common.call_epoch);
         if (range.is_publisher) call.publish_credits(credits);
         call.await_credit(threadIdx.x, credits);
         __syncthreads();
@@ -525,10 +610,13 @@ __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table) {
             __syncthreads();
             if (range.begin < range.end) clear(args, table);
         }
-        send<kFp8>(args, call, range, held, choices, table);
+        send<kFp8>(args, call, range, held, choices, table, is_direct ? stays : nullptr);
         __syncthreads();
+    } else {
+        call.prepare(credits, common.call_epoch);
+        call.begin(common.call_epoch);
     }
-    if (common.phases & kLlRecv) receive<kFp8>(args, call, table);
+    if (is_receiving) receive<kFp8>(args, call, range, table, is_direct ? stays : nullptr);
     call.end();
 }
 

@@ -34,7 +34,7 @@ class LlState(ctypes.Structure):
     """What a rank keeps at the start of its window, up to the mask."""
 
     _fields_ = [
-        *_fields({"epoch num_started": ctypes.c_uint32 * 2, "read_epoch num_readers num_read": ctypes.c_uint32 * 4}),
+        *_fields({"starts": ctypes.c_uint64 * 2, "read_epoch num_readers num_read": ctypes.c_uint32 * 4}),
         ("mask", ctypes.c_uint32 * MAX_RANKS),
     ]
 

@@ -45,8 +45,7 @@ struct LlCall {
     LlState* const state;
     const uint64_t deadline;
     uint32_t epoch;
-    uint64_t bank;          // byte offset
-    uint32_t num_before;    // of one thread: blocks that knew their epoch before this one
+    uint64_t bank;  // byte offset
 
     __device__ LlCall(const LlCommon& common, LlOp operation, LlShared& block)
         : args(common),
@@ -77,8 +76,9 @@ struct LlCall {
             for (uint32_t b = 0; b < kLlBanks; ++b) shared.credit[b][threadIdx.x] = static_cast<uint32_t>(seen[b] >> 32);
         } else if (threadIdx.x == kEpochThread) {
             const bool is_sending = (args.phases & kLlSend) != 0;
-            const volatile uint32_t* last = &state->epoch[op];
-            shared.epoch = is_sending ? *last + 1 : *pointer<const volatile uint32_t>(call_epoch);
+            const volatile uint64_t* starts = &state->starts[op];
+            shared.epoch = is_sending ? static_cast<uint32_t>(*starts / kLlStart) + 1
+                                      : *pointer<const volatile uint32_t>(call_epoch);
         } else if (threadIdx.x - kBankThread < kLlBanks) {
             // Blocks of this launch may have ended before this one starts, hence "at least".
             const uint32_t b = threadIdx.x - kBankThread;
@@ -89,14 +89,17 @@ struct LlCall {
         }
     }
 
-    // Once all threads of the block are through with prepare(). Nobody waits for the count of blocks until end().
+    // Once all threads of the block are through with prepare().
     __device__ void begin(uint64_t call_epoch) {
         __syncthreads();
         epoch = shared.epoch;
         bank = (epoch % kLlBanks) * args.window.bank_stride;
         if (threadIdx.x != kLlThreads - 1) return;
         if (args.phases & kLlSend) {
-            num_before = atomicAdd(&state->num_started[op], 1);
+            const uint32_t share = kLlStart / gridDim.x;
+            const bool is_last = blockIdx.x == gridDim.x - 1;
+            atomicAdd(reinterpret_cast<unsigned long long*>(&state->starts[op]),
+                      static_cast<unsigned long long>(is_last ? kLlStart - share * (gridDim.x - 1) : share));
             if (args.phases == kLlSend && blockIdx.x == 0) *pointer<uint32_t>(call_epoch) = epoch;
         } else if (blockIdx.x == 0) {
             announce_readers();
@@ -131,13 +134,9 @@ struct LlCall {
     }
 
     // The block has read all it will: what it loaded went into stores before the barrier, so a plain count will do, and
-    // nobody waits for it. The last block that learnt its epoch moves it on for the next launch.
+    // nobody waits for it.
     __device__ void end() const {
         __syncthreads();
-        if (args.phases & kLlSend && threadIdx.x == kLlThreads - 1 && num_before == gridDim.x - 1) {
-            state->num_started[op] = 0;
-            state->epoch[op] = epoch;
-        }
         if (!(args.phases & kLlRecv)) return;
         if (threadIdx.x == 0) atomicAdd(&state->num_read[op][epoch % kLlBanks], 1);
         if (args.wait_stats != 0 && blockIdx.x == 0 && threadIdx.x < args.shape.num_ranks) {

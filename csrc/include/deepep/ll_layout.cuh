@@ -10,8 +10,7 @@ constexpr uint32_t kLlMaxTopk = 64;
 
 // One per rank, at the start of its window; only its owner looks at it. [2] is per operation, [2][2] per bank, too.
 struct LlState {
-    uint32_t epoch[2];        // of the last dispatch and the last combine that was sent; the first is 1
-    uint32_t num_started[2];  // blocks of the current sending launch that know their epoch
+    uint64_t starts[2];           // of sending launches, in shares: all blocks of a launch together add kLlStart
     uint32_t read_epoch[2][2];    // which epoch was last received out of a bank
     uint32_t num_readers[2][2];   // blocks that were to do so, since the window was cleaned
     uint32_t num_read[2][2];      // blocks that have done so: once both agree, the bank is free
@@ -19,6 +18,9 @@ struct LlState {
     uint64_t num_barriers;
     uint64_t last_barrier[kLlMaxRanks];  // what each rank's word was when the last barrier ended
 };
+
+// A block reads the count before it adds its share, so all blocks of a launch read the same whole number.
+constexpr uint32_t kLlStart = 1u << 16;
 
 // The barrier words, [R] from each rank, follow the state at this 64-bit word.
 constexpr uint32_t kLlBarrierWord = 256;

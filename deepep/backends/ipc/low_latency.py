@@ -154,7 +154,7 @@ class LowLatency:
     def _engine_for(self, shape: Shape) -> LowLatencyEngine:
         # Room for a row per choice serves a row per rank, too.
         engine = self._engine
-        if engine is not None and engine.shape in (shape, replace(shape, per_copy=True)):
+        if engine is not None and (engine.shape == shape or engine.shape == replace(shape, per_copy=True)):
             return engine
         return self._divide(shape)
 
