@@ -21,6 +21,7 @@ from deepep.backends.base import (
 from deepep.backends.reference.combine import combine
 from deepep.backends.reference.dispatch import dispatch
 from deepep.backends.reference.notify import Notice, notify
+from deepep.backends.reference.pool import row_pool
 from deepep.errors import InvalidArgument
 from deepep.group import Group
 from deepep.topology import Topology
@@ -67,6 +68,7 @@ class ReferenceBackend(Backend):
         """Drop the buffers; the group belongs to the user."""
         self._local.clear()
         self._combine_buffers.clear()
+        row_pool.clear()
 
     def refuse(self, op: str, error: InvalidArgument) -> None:
         """Take part in the exchange of notices, only to say no."""

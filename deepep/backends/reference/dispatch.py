@@ -11,7 +11,8 @@ import torch
 from deepep import quant
 from deepep.backends.base import DispatchRequest, DispatchResult, Layout, Routing
 from deepep.backends.reference.notify import Notice, check_room, count_matrix, notify
-from deepep.backends.reference.rows import send_rows, tokens_of_ranks
+from deepep.backends.reference.pool import row_pool
+from deepep.backends.reference.rows import as_bytes, send_rows, tokens_of_ranks
 from deepep.layout import (
     align,
     count_experts,
@@ -211,7 +212,7 @@ class _Dispatch:
         if topk_idx is None:
             raise TypeError("padded rows need topk_idx")
         num_local, room = self.num_local_experts, self.num_ranks * routing.num_max_tokens_per_rank
-        recv_x = torch.empty(num_local * room, x.shape[1], dtype=x.dtype, device=self.device)
+        recv_x = row_pool.empty(num_local * room, x.shape[1], x.dtype, self.device)
         recv_sf = None
         if sf is not None:
             # Column-major in the last two dimensions, as grouped GEMMs want it.
@@ -252,7 +253,7 @@ class _Dispatch:
     def _move(
         self, source: torch.Tensor, arriving: torch.Tensor, num_rows: int, fill: int | None = None
     ) -> torch.Tensor:
-        out = torch.empty(num_rows, source.shape[1], dtype=source.dtype, device=self.device)
+        out = row_pool.empty(num_rows, source.shape[1], source.dtype, self.device)
         if fill is not None:
             out[int(arriving.sum()) :] = fill
         send_rows(self.group, source, self.picks, arriving.tolist(), out, "dispatch", self._time_left())
@@ -273,8 +274,9 @@ class _Spread:
 
     def rows(self, compact: torch.Tensor) -> torch.Tensor:
         """Give expanded rows [num_rows, ..] of compact ones [N, ..]; rows between experts zero if asked for."""
-        make = torch.zeros if self.do_zero else torch.empty
-        out = make(self.num_rows, compact.shape[1], dtype=compact.dtype, device=compact.device)
+        out = row_pool.empty(self.num_rows, compact.shape[1], compact.dtype, compact.device)
+        if self.do_zero:
+            as_bytes(out).zero_()
         self.into(out, compact)
         return out
 

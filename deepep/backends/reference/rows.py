@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from deepep.backends.reference.pool import row_pool
 from deepep.layout import token_in_rank
 
 if TYPE_CHECKING:
     from deepep.group import Group
 
-# Tokens summed at a time: the fp32 accumulator of so many rows stays in the cache.
-_BLOCK_TOKENS = 256
+# Tokens summed at a time: on the CPU the fp32 accumulator of so many rows stays in a core's own cache.
+_BLOCK_TOKENS = {"cpu": 16}
+_BLOCK_TOKENS_ELSEWHERE = 4096
 
 
 def tokens_of_ranks(dst_rank: torch.Tensor, num_ranks: int) -> list[torch.Tensor]:
@@ -31,7 +33,7 @@ def send_rows(
     rank = group.rank
     # float8 has no index_select on every torch this runs on, and rows are opaque anyway: move bytes.
     raw = as_bytes(source)
-    send = [raw.index_select(0, pick) if peer != rank else raw[:0] for peer, pick in enumerate(picks)]
+    send = [_picked(raw, pick) if peer != rank else raw[:0] for peer, pick in enumerate(picks)]
     torch.index_select(raw, 0, picks[rank], out=as_bytes(parts[rank]))
     recv = [part if peer != rank else part[:0] for peer, part in enumerate(parts)]
     group.exchange(send, recv, op=op, timeout=timeout)
@@ -41,10 +43,14 @@ def return_rows(
     group: Group, rows: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], op: str, timeout: float
 ) -> torch.Tensor:
     """Send back to back pieces of `rows` to their ranks; give what arrives, back to back: [sum(recv_counts), ..]."""
-    out = rows.new_empty((sum(recv_counts), *rows.shape[1:]))
+    out = row_pool.empty(sum(recv_counts), rows.shape[1], rows.dtype, rows.device)
     send = list(rows[: sum(send_counts)].split(list(send_counts)))
     group.exchange(send, list(out.split(list(recv_counts))), op=op, timeout=timeout)
     return out
+
+
+def _picked(rows: torch.Tensor, pick: torch.Tensor) -> torch.Tensor:
+    return torch.index_select(rows, 0, pick, out=row_pool.empty(pick.numel(), rows.shape[1], rows.dtype, rows.device))
 
 
 def as_bytes(rows: torch.Tensor) -> torch.Tensor:
@@ -57,7 +63,6 @@ def ordered_sum(
     index: torch.Tensor,
     start: Sequence[torch.Tensor] = (),
     scale: torch.Tensor | None = None,
-    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Add up, for each token, the rows its slots name, in slot order (CONTRACT, 'Arithmetic of combine').
 
@@ -66,28 +71,40 @@ def ordered_sum(
         index: [T, S] rows to add, -1 for none.
         start: none, one or two [T, H] the fp32 accumulator starts from.
         scale: [T, S] float32; each row is multiplied by its slot's factor, rounded, then added. None adds rows as are.
-        dtype: of the result; that of `rows` where not given.
 
     Returns:
-        [T, H], rounded once.
+        [T, H] of the dtype of `rows`, rounded once.
     """
     num_tokens, hidden = index.shape[0], rows.shape[1]
-    out = torch.empty(num_tokens, hidden, dtype=dtype or rows.dtype, device=rows.device)
-    for begin in range(0, num_tokens, _BLOCK_TOKENS):
-        block = slice(begin, begin + _BLOCK_TOKENS)
-        total = _start(start, block, min(_BLOCK_TOKENS, num_tokens - begin), hidden, rows.device)
+    out = row_pool.empty(num_tokens, hidden, rows.dtype, rows.device)
+    index, scale = _without_gaps(index, scale)
+    size = _BLOCK_TOKENS.get(rows.device.type, _BLOCK_TOKENS_ELSEWHERE)
+    for begin in range(0, num_tokens, size):
+        block = slice(begin, begin + size)
+        total = _start(start, block, min(size, num_tokens - begin), hidden, rows.device)
         for slot in range(index.shape[1]):
             chosen = index[block, slot]
             tokens = (chosen >= 0).nonzero().flatten()
             if tokens.numel() == 0:
-                continue
+                break
             term = rows.index_select(0, chosen[tokens]).float()
             if scale is not None:
                 term *= scale[block, slot][tokens].unsqueeze(1)
-            # Each token occurs once, so index_add_ adds exactly one term to it: order is the slots' order.
-            total.index_add_(0, tokens, term)
+            if tokens.numel() == total.shape[0]:
+                total += term
+            else:
+                # Each token occurs once, so index_add_ adds exactly one term to it: order is the slots' order.
+                total.index_add_(0, tokens, term)
         out[block] = total
     return out
+
+
+def _without_gaps(index: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Move each token's used slots to the front, in their order, and drop the columns that no token uses."""
+    is_used = index >= 0
+    num_columns = int(is_used.sum(dim=1).max()) if index.numel() else 0
+    order = is_used.logical_not().to(torch.int8).argsort(dim=1, stable=True)[:, :num_columns]
+    return index.gather(1, order), None if scale is None else scale.gather(1, order)
 
 
 def _start(
