@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
 from dataclasses import dataclass, field
 
 import torch
@@ -14,8 +14,6 @@ from deepep.demo import data
 from deepep.demo.model import Classifier
 from deepep.demo.options import Options
 from deepep.group import Group
-
-Progress = Callable[[str], None]
 
 
 @dataclass
@@ -84,6 +82,8 @@ def train(options: Options, peers: Peers, share: range, buffer: Buffer | None, *
     """Train and test one model whose experts `share` are here."""
     from tqdm import tqdm
 
+    # Its own lock is a semaphore between processes, which would outlive a rank that is killed.
+    tqdm.set_lock(threading.RLock())
     digits = data.load(options.seed, options.device)
     model = Classifier(options, share, buffer).to(options.device)
     trainer = _Trainer(options, peers, model)
