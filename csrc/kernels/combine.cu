@@ -80,7 +80,7 @@ __device__ void combine(const CombineArgs& args) {
 }  // namespace deepep
 
 #define DEEPEP_COMBINE(name, type, sums)                                                                           \
-    extern "C" __global__ void __launch_bounds__(384, 1) name(const __grid_constant__ deepep::CombineArgs args) { \
+    extern "C" __global__ void __launch_bounds__(512, 1) name(const __grid_constant__ deepep::CombineArgs args) { \
         deepep::combine<deepep::type, sums>(args);                                                                 \
     }
 

@@ -153,7 +153,10 @@ __device__ void dispatch(const DispatchArgs& args) {
         } else if (warp < num_stagers) {
             op.wait_readers();
             const uint32_t num_chunks = ceil_div(args.num_tokens, kFlagRows);
-            stage_chunks(op, args, pipe, &op.control->next_stage, args.num_early_chunks, num_chunks);
+            // Go on where notify stopped, or behind what it was to stage.
+            const bool is_shared = args.is_staging_shared != 0;
+            stage_chunks(op, args, pipe, is_shared ? &op.control->next_early : &op.control->next_stage,
+                         is_shared ? 0 : args.num_early_chunks, num_chunks, nullptr);
         } else {
             const uint32_t worker = (warp - num_stagers) * gridDim.x + blockIdx.x;
             const uint32_t num_workers = (num_warps - num_stagers) * gridDim.x;

@@ -260,6 +260,7 @@ extern "C" __global__ void __launch_bounds__(768, 1) deepep_notify(const __grid_
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ PipeBarriers barriers;
     __shared__ Outbox outboxes[kMaxRanks];
+    __shared__ uint32_t is_counted;
     // Warps that count, warps that move rows; in CTA 0 some of the latter take the other ranks' counts in first.
     constexpr uint32_t kNumReceivers = 4 * kWarpSize;
     const uint32_t num_walking = args.num_walkers * kWarpSize, warp = warp_index();
@@ -268,18 +269,21 @@ extern "C" __global__ void __launch_bounds__(768, 1) deepep_notify(const __grid_
     const Team others{threadIdx.x - num_walking, min_of(kNumReceivers, blockDim.x - num_walking), 2};
     const Operation op(args.window, is_walker ? walkers : others);
     WarpPipe::init(barriers);
+    if (threadIdx.x == 0) is_counted = 0;
     __syncthreads();
     const uint32_t stage_bytes = args.cut.num_warps * args.cut.slots_per_warp * args.cut.slot_bytes;
     uint32_t* counters = reinterpret_cast<uint32_t*>(shared + stage_bytes);
     if (is_walker) {
         count_and_place(op, args, counters, outboxes);
+        if (threadIdx.x == 0) *const_cast<volatile uint32_t*>(&is_counted) = 1;
     } else {
         if (blockIdx.x == 0 && others.index < others.size) receive(op, args, counters + args.num_counters);
         if (args.num_early_chunks != 0) {
             const uint32_t number = warp - args.num_walkers;
             WarpPipe pipe(shared + number * args.cut.slots_per_warp * args.cut.slot_bytes, barriers, number, args.cut);
             op.wait_readers();
-            stage_chunks(op, args, pipe, &op.control->next_early, 0, args.num_early_chunks);
+            stage_chunks(op, args, pipe, &op.control->next_early, 0, args.num_early_chunks,
+                         args.is_staging_shared ? &is_counted : nullptr);
         }
     }
     op.leave(false, false);

@@ -83,7 +83,7 @@ class DispatchArgs(ctypes.Structure):
         *_u32(
             "do_zero_padding", "is_cached", "is_exact", "is_expanded", "num_early_chunks", "num_walkers", "num_counters"
         ),
-        *_u32("metadata_rows", "sf_is_bulk", "recv_sf_is_bulk"),
+        *_u32("metadata_rows", "sf_is_bulk", "recv_sf_is_bulk", "is_staging_shared"),
         ("cut", Cut),
     ]
 

@@ -13,8 +13,8 @@ from deepep.cuda.window import NUM_FLAGS, NUM_PASSES
 from deepep.errors import InvalidArgument, UnsupportedOperation
 
 _KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_NUM_STAGE_WARPS = 5
-_NUM_SUM_WARPS = 10
+_NUM_STAGE_WARPS = 6
+_NUM_SUM_WARPS = 13
 
 
 def combine(engine: Engine, request: CombineRequest) -> CombineResult:
@@ -63,7 +63,8 @@ def combine(engine: Engine, request: CombineRequest) -> CombineResult:
     sums = is_expanded and not is_per_copy
     _place_ring(engine, args, x, row_bytes, can_stay=not is_expanded, has_weights=given is not None)
     must_stage = not args.is_in_window or given is not None
-    args.cut.num_stage_warps = min(_NUM_SUM_WARPS if sums else _NUM_STAGE_WARPS, args.cut.num_warps - 1) * must_stage
+    wanted = _NUM_SUM_WARPS if sums else _NUM_STAGE_WARPS
+    args.cut.num_stage_warps = min(wanted, args.cut.num_warps - 1) if must_stage else 0
     flags = (
         is_expanded, False, given is not None, routing.topk_idx is not None, is_per_copy, bool(args.is_owner_only),
     )  # fmt: skip

@@ -19,6 +19,7 @@ from deepep.layout import num_expanded_rows_at_most
 
 _SF_FORMATS = {quant.SfFormat.FLOAT32: 1, quant.SfFormat.POW2: 2, quant.SfFormat.UE8M0: 3}
 _NUM_STAGE_WARPS = 4
+_NUM_STAGE_WARPS_CACHED = 7
 _MOST_PLANS = 256
 
 
@@ -74,7 +75,8 @@ def plan_of(engine: Engine, request: DispatchRequest) -> Plan:
     offset = address if 0 <= address < engine.window_map.num_bytes else -1
     key: tuple[Any, ...] = (
         x.shape, x.dtype, request.layout, request.num_experts, request.num_sms, request.expert_alignment,
-        request.num_max_tokens_per_rank, request.num_worst_rows, request.do_zero_padding, request.sf_format, offset, engine.ring_bytes,
+        request.num_max_tokens_per_rank, request.num_worst_rows, request.do_zero_padding, request.sf_format,
+        offset, engine.ring_bytes,
         None if sf is None else (sf.shape[1], sf.dtype, sf.stride(), sf.data_ptr() % 16),
         None if topk_idx is None else topk_idx.shape[1], request.topk_weights is not None,
         None if routing is None else (routing.num_recv_tokens, routing.num_rows, routing.dst_rank.shape[1]),
@@ -210,14 +212,18 @@ class _Planner:
         return compact, rows
 
     def _divide_staging(self) -> None:
-        """Stage in notify where its time is free or nothing is gained by waiting, else beside the fetching."""
+        """Stage in notify what its time is free for: everything, unless the link waits while the CPU does not."""
         args = self.args
         chunks = -(-self.num_tokens // FLAG_ROWS)
-        must_stage = not args.is_in_window or args.num_sf > 0
-        if must_stage and not self.is_cached and (self.is_exact or self.engine.ranks_per_gpu > 1):
+        if args.is_in_window and args.num_sf == 0:
+            return
+        if not self.is_cached:
             args.num_early_chunks = min(chunks, args.ring_rows // FLAG_ROWS)
-        is_left = must_stage and args.num_early_chunks < chunks
-        args.cut.num_stage_warps = min(_NUM_STAGE_WARPS, args.cut.num_warps - 1) if is_left else 0
+            is_alone = self.engine.ranks_per_gpu == 1
+            args.is_staging_shared = is_alone and not self.is_exact and args.num_early_chunks == chunks
+        is_left = args.is_staging_shared or args.num_early_chunks < chunks
+        wanted = _NUM_STAGE_WARPS_CACHED if self.is_cached else _NUM_STAGE_WARPS
+        args.cut.num_stage_warps = min(wanted, args.cut.num_warps // 2) if is_left else 0
 
     def _divide_notify(self) -> tuple[Cut, int]:
         args, engine = self.args, self.engine

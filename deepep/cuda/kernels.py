@@ -23,7 +23,7 @@ MAX_SLOTS_PER_WARP = 8
 MAX_DISPATCH_WARPS = 14
 NUM_CLERK_WARPS = 2
 """Warps of a dispatch kernel that write metadata while the others move rows."""
-MAX_COMBINE_WARPS = 12
+MAX_COMBINE_WARPS = 16
 MAX_STAGE_WARPS = 8
 MAX_WALKERS = 16
 """Warps of notify that move rows, and that count."""

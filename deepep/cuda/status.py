@@ -98,7 +98,8 @@ class Status:
             raise CommTimeout(op, missing, self.timeout)
         field, other = self.value(HostWord.FIELD), self.value(HostWord.RANK)
         theirs, ours = self.value(HostWord.THEIRS), self.value(HostWord.OURS)
-        self.words.host[: HostWord.MISSING] = 0
+        for index in range(HostWord.MISSING):
+            self.words.host[index] = 0
         if code == Code.REFUSED:
             raise InvalidArgument(f"{op}: rank {other} refused its arguments; see the error it raised")
         if code == Code.OVERFLOW:

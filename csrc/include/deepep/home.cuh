@@ -67,10 +67,9 @@ struct HomeSums {
     __device__ void locate(Job& job, int half, uint32_t slot, uint32_t rank, uint32_t row) const {
         const Owner& owner = owners[rank];
         const uint64_t row_bytes = args.cut.row_bytes;
-        job.peer[half] = rank;
         if (owner.flags != nullptr) {
             job.flag[half] = owner.flags + slot_of(owner, row);
-            job.lap[half] = (row - owner.first_row) / owner.ring;
+            job.lap_and_peer[half] = (row - owner.first_row) / owner.ring * kMaxRanks + rank;
         }
         if (args.is_per_copy) {
             if (owner.is_self_direct) {

@@ -106,6 +106,7 @@ struct DispatchArgs {
     uint32_t ring_rows, sf_pitch, is_in_window, room, num_rows, num_compact_rows, alignment;
     uint32_t do_zero_padding, is_cached, is_exact, is_expanded, num_early_chunks, num_walkers, num_counters, metadata_rows;
     uint32_t sf_is_bulk, recv_sf_is_bulk;  // rows of scale factors whose addresses and sizes are multiples of 16
+    uint32_t is_staging_shared;            // notify stages while it counts, the other kernel goes on
     Cut cut;
 };
 

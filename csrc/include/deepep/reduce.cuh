@@ -16,7 +16,7 @@ struct Job {
     uint32_t number;             // token, or compact row
     const uint8_t* row[2];       // null: the slot adds nothing
     const uint64_t* flag[2];     // that says the row is there; null if it is anyway
-    uint32_t lap[2], peer[2];
+    uint32_t lap_and_peer[2];    // of that flag; fewer registers than two members
     uint32_t order[2];           // which term of the sum this is
     uint32_t num_terms;
     bool is_ready;
@@ -25,7 +25,7 @@ struct Job {
         is_valid = is_ready = false;
         row[0] = row[1] = nullptr;
         flag[0] = flag[1] = nullptr;
-        lap[0] = lap[1] = peer[0] = peer[1] = 0;
+        lap_and_peer[0] = lap_and_peer[1] = 0;
         order[0] = order[1] = kNoEntry;
         num_terms = 0;
     }
@@ -50,8 +50,9 @@ struct Job {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             if (flag[half] == nullptr) continue;
-            is_here &= may_block ? op.wait(flag[half], op.epoch, lap[half], peer[half])
-                                 : load_acquire_sys(flag[half]) == make_word(op.epoch, lap[half]);
+            const uint32_t lap = lap_and_peer[half] / kMaxRanks, peer = lap_and_peer[half] % kMaxRanks;
+            is_here &= may_block ? op.wait(flag[half], op.epoch, lap, peer)
+                                 : load_acquire_sys(flag[half]) == make_word(op.epoch, lap);
         }
         is_ready = __all_sync(kFullMask, is_here) || may_block;
         fence_bulk();

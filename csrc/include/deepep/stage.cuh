@@ -7,15 +7,23 @@
 
 namespace deepep {
 
-// Chunks of kFlagRows tokens below `limit`, as `counter` hands them out; a Provider for Copier.
+// Chunks of kFlagRows tokens below `limit`, as `counter` hands them out until `*stop` is set; a Provider for Copier.
 struct ChunkCopies {
     const Operation& op;
     const DispatchArgs& args;
     uint32_t* counter;
     uint32_t first, limit;
+    const volatile uint32_t* stop;  // or null
+
+    // The next chunk; at least `limit` if there is none.
+    __device__ uint32_t take() const {
+        uint32_t chunk = limit;
+        if (lane_index() == 0 && (stop == nullptr || *stop == 0)) chunk = first + atomicAdd(counter, 1);
+        return __shfl_sync(kFullMask, chunk, 0);
+    }
 
     __device__ bool load(CopyJob& job) const {
-        job.number = first + take_ticket(counter);
+        job.number = take();
         if (job.number >= limit) return false;
         const uint32_t token = job.number * kFlagRows;
         job.num_rows = min_of(kFlagRows, args.num_tokens - token);
@@ -87,13 +95,14 @@ struct ChunkCopies {
 
 // A warp stages chunks [first, limit) as long as there are any.
 __device__ inline void stage_chunks(const Operation& op, const DispatchArgs& args, WarpPipe& pipe, uint32_t* counter,
-                                    uint32_t first, uint32_t limit) {
-    ChunkCopies chunks{op, args, counter, first, limit};
+                                    uint32_t first, uint32_t limit, const volatile uint32_t* stop) {
+    ChunkCopies chunks{op, args, counter, first, limit, stop};
     if (args.sf_format == kSfNone && !args.is_in_window) {
         Copier<ChunkCopies>{pipe, args.cut, chunks}.run();
         return;
     }
-    for (uint32_t chunk = first + take_ticket(counter); chunk < limit; chunk = first + take_ticket(counter)) {
+    for (CopyJob job; chunks.load(job);) {
+        const uint32_t chunk = job.number;
         chunks.wait_lap(chunk);
         if (args.sf_format != kSfNone) {
             chunks.cast(chunk);
