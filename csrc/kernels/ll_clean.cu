@@ -5,8 +5,9 @@ namespace deepep {
 namespace {
 
 // By one block: a rank has arrived when its word is no longer what it was at the last barrier here.
-__device__ void barrier(const LlCleanArgs& args, const LlCall& call) {
+__device__ void barrier(const LlCleanArgs& args, LlCall& call) {
     const LlShape& shape = args.common.shape;
+    call.deadline = global_timer_ns() + args.common.timeout_ns / 2;  // of two barriers
     LlState* state = call.state;
     __syncthreads();
     if (threadIdx.x == 0) state->num_barriers += 1;
@@ -33,6 +34,7 @@ extern "C" __global__ void __launch_bounds__(deepep::kLlThreads)
     using namespace deepep;
     __shared__ LlShared shared;
     LlCall call(args.common, kLlClean, shared);
+    call.prepare(args.common.window.dispatch_credits, 0);
     __syncthreads();
     if (args.is_barrier) barrier(args, call);
     for (uint32_t bank = 0; bank < kLlBanks; ++bank) {

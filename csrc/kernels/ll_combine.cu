@@ -126,7 +126,8 @@ __device__ __forceinline__ Weights weights_of(const LlCombineArgs& args, uint32_
 // What one of a team's first threads knows of a choice; loaded without waiting for anything.
 struct Choice {
     int32_t row = -1;
-    uint32_t weight = 0;  // as sent ahead, or of this rank's own token
+    uint32_t weight = 0;     // as sent ahead, or of this rank's own token
+    int64_t left_out = 0;    // of this rank's own token: negative if it is
 };
 
 // Choice k of the token in slot `index` of all sources.
@@ -139,7 +140,7 @@ __device__ __forceinline__ Choice load_choice(const LlCombineArgs& args, uint64_
     if (is_own) {
         const uint64_t own = at - static_cast<uint64_t>(shape.rank) * shape.num_max_tokens * shape.num_topk;
         choice.weight = pointer<const uint32_t>(args.topk_weights)[own];
-        if (pointer<const int64_t>(args.topk_idx)[own] < 0) choice.weight = kSkippedWeight;
+        choice.left_out = pointer<const int64_t>(args.topk_idx)[own];
     } else {
         choice.weight = pointer<const uint32_t>(args.common.route_weights)[at];
     }
@@ -152,9 +153,10 @@ __device__ void list_terms(const LlCombineArgs& args, const LlCall& call, const 
     const uint32_t k = team.thread;
     if (k >= kLlMaxTopk) return;
     if (from == Weights::kNone) choice.weight = 0;
+    if (from == Weights::kOwn && choice.left_out < 0) choice.weight = kSkippedWeight;
     if (from == Weights::kSentNow && choice.row >= 0) {
         const uint64_t* word = call.own_word(args.common.window.weights, index * args.common.shape.num_topk + k);
-        if (!call.wait<false>(source, word, choice.weight)) choice.weight = kSkippedWeight;
+        if (!call.wait<false>(source, word, choice.weight, true)) choice.weight = kSkippedWeight;
     }
     terms.row[k] = choice.row;
     terms.weight[k] = __uint_as_float(choice.weight);
@@ -386,12 +388,12 @@ extern "C" __global__ void __launch_bounds__(deepep::kLlThreads, deepep::kLlBloc
     const uint64_t credits = common.window.combine_credits;
     const Team team(common.team_threads);
     LlCall call(common, kLlCombine, shared);
-    call.prepare(credits, args.combine_epoch);
     const Choice debt = common.phases & kLlSend ? load_first(args, team) : Choice{};
     const HomeChoice home = common.phases & kLlRecv ? load_home(args, team, first_token(team)) : HomeChoice{};
-    if (threadIdx.x < common.shape.num_ranks) {
-        headers[threadIdx.x] = pointer<const uint32_t>(common.sources)[threadIdx.x];
-    }
+    uint32_t header = 0;
+    if (threadIdx.x < common.shape.num_ranks) header = pointer<const uint32_t>(common.sources)[threadIdx.x];
+    call.prepare(credits, args.combine_epoch);
+    if (threadIdx.x < common.shape.num_ranks) headers[threadIdx.x] = header;
     call.begin(args.combine_epoch);
     if (common.phases & kLlSend) {
         if (blockIdx.x == gridDim.x - 1) call.publish_credits(credits);

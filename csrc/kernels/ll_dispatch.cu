@@ -8,6 +8,7 @@ namespace deepep {
 namespace {
 
 constexpr uint32_t kTokensPerFence = 4;  // tokens a block sends before it says that they are there
+constexpr int kAddressWarp = kLlThreads / kWarpSize - 1;  // the one with the least of a row to cast
 constexpr uint32_t kDirectTokens = 4;    // tokens a block has at most, where rows that stay here skip the window
 
 // Where a row goes: slots of several ranks, or rows of several local experts.
@@ -113,7 +114,7 @@ __device__ __forceinline__ void store_unit(const LlDispatchArgs& args, const Out
 
 // By the whole block: the rest of a row, `out` being a thread's first part of it.
 template <bool kFp8>
-__device__ __forceinline__ void store_row(const LlDispatchArgs& args, uint32_t token, Outgoing<kFp8>& out,
+__device__ __forceinline__ void store_row(const LlDispatchArgs& args, uint32_t token, Outgoing<kFp8> out,
                                           const Targets& to) {
     const uint32_t units = args.common.shape.hidden / (kFp8 ? 16 : 8), stride = kFp8 ? kLlThreads : 2 * kLlThreads;
     for (uint32_t unit = threadIdx.x; unit < units; unit += stride) {
@@ -169,7 +170,7 @@ __device__ void publish_counts(const LlDispatchArgs& args, const LlCall& call, c
     }
 }
 
-// A token's choices, two per lane of the first warp.
+// A token's choices, two per lane of the address warp.
 struct Choices {
     int32_t expert[2], owner[2];
     float weight[2];
@@ -182,17 +183,23 @@ __device__ __forceinline__ Choices load_choices(const LlDispatchArgs& args, uint
 #pragma unroll
     for (uint32_t i = 0; i < 2; ++i) {
         const uint32_t k = lane_index() + i * kWarpSize;
-        choices.expert[i] = choices.owner[i] = -1;
+        choices.expert[i] = -1;
         choices.weight[i] = 0;
-        if (warp_index() != 0 || k >= shape.num_topk) continue;
+        if (warp_index() != kAddressWarp || k >= shape.num_topk) continue;
         choices.expert[i] = static_cast<int32_t>(pointer<const int64_t>(args.topk_idx)[first + k]);
         if (args.topk_weights != 0) choices.weight[i] = pointer<const float>(args.topk_weights)[first + k];
     }
+    return choices;
+}
+
+// Apart from the loads, which others follow.
+__device__ __forceinline__ void find_owners(const LlShape& shape, Choices& choices) {
+    if (warp_index() != kAddressWarp) return;
 #pragma unroll
     for (uint32_t i = 0; i < 2; ++i) {
-        if (choices.expert[i] >= 0) choices.owner[i] = choices.expert[i] / static_cast<int32_t>(shape.num_local_experts);
+        choices.owner[i] =
+            choices.expert[i] < 0 ? -1 : choices.expert[i] / static_cast<int32_t>(shape.num_local_experts);
     }
-    return choices;
 }
 
 // A choice that stays on this rank.
@@ -277,32 +284,34 @@ __device__ void signal_tokens(const LlDispatchArgs& args, const LlCall& call, ui
 }
 
 // `table` holds how often the tokens before the range choose each expert; `held` and `choices` are of the first token.
-// With `stays` [.., K] the choices of this rank's own experts are left to receive().
+// With `stays` [.., K] the choices of this rank's own experts are left to receive(). Returns the last token's part.
 template <bool kFp8>
-__device__ void send(const LlDispatchArgs& args, const LlCall& call, const Range& range, Held held, Choices choices,
+__device__ Outgoing<kFp8> send(const LlDispatchArgs& args, const LlCall& call, const Range& range, Held held, Choices choices,
                      uint32_t* table, Stay (*stays)[kLlMaxTopk]) {
     __shared__ Targets to[2];
     __shared__ uint64_t sent_to[kTokensPerFence];
+    Outgoing<kFp8> out;
     for (uint32_t token = range.begin; token < range.end; ++token) {
         const uint32_t place = token - range.begin, in_batch = place % kTokensPerFence;
         Targets& now = to[place % 2];
-        if (warp_index() == 0) {
+        if (warp_index() == kAddressWarp) {
             address_token(args, call, token, choices, table, stays != nullptr ? stays[place] : nullptr, now);
         }
-        Outgoing<kFp8> out;
         cast_unit(args, held, out);
         const bool is_last = token + 1 == range.end;
         if (!is_last) {
             choices = load_choices(args, token + 1);
             held = load_unit<kFp8>(args, token + 1, threadIdx.x);
+            find_owners(args.common.shape, choices);
         }
         __syncthreads();
         if (threadIdx.x == 0) sent_to[in_batch] = now.ranks;
         store_row<kFp8>(args, token, out, now);
         if (in_batch + 1 < kTokensPerFence && !is_last) continue;
         __syncthreads();
-        if (warp_index() == 0) signal_tokens(args, call, token - in_batch, in_batch + 1, sent_to);
+        if (warp_index() == kAddressWarp) signal_tokens(args, call, token - in_batch, in_batch + 1, sent_to);
     }
+    return out;
 }
 
 // What a block knows about the sources.
@@ -495,9 +504,10 @@ __device__ void forget_token(const LlDispatchArgs& args, const Item& item, uint3
     if (k < num_topk) pointer<int32_t>(args.common.routes)[item.slot * num_topk + k] = -1;
 }
 
-// By the whole block: lay out the rows of its own tokens that stay here, cast once more, while others' are on their way.
+// By the whole block: lay out the rows of its own tokens that stay here while others' are on their way. `out` is a
+// thread's part of the last token; the others are cast once more.
 template <bool kFp8>
-__device__ void keep_tokens(const LlDispatchArgs& args, const Range& range, const uint32_t* table,
+__device__ void keep_tokens(const LlDispatchArgs& args, const Range& range, Outgoing<kFp8> out, const uint32_t* table,
                             const Stay (*stays)[kLlMaxTopk], Targets* to) {
     const LlShape& shape = args.common.shape;
     const uint32_t place = threadIdx.x / kLlMaxTopk, k = threadIdx.x % kLlMaxTopk, token = range.begin + place;
@@ -513,20 +523,16 @@ __device__ void keep_tokens(const LlDispatchArgs& args, const Range& range, cons
             to[place].sf_stride = 4 * shape.num_ranks * shape.num_max_tokens;
         }
     }
-    Held held;
-    if (range.begin < range.end) held = load_unit<kFp8>(args, range.begin, threadIdx.x);
     __syncthreads();
-    for (uint32_t own = range.begin; own < range.end; ++own) {
-        Outgoing<kFp8> out;
-        cast_unit(args, held, out);
-        if (own + 1 < range.end) held = load_unit<kFp8>(args, own + 1, threadIdx.x);
+    for (uint32_t own = range.end; own-- > range.begin;) {
+        if (own + 1 != range.end) cast_unit(args, load_unit<kFp8>(args, own, threadIdx.x), out);
         if (to[own - range.begin].count != 0) store_row<kFp8>(args, own, out, to[own - range.begin]);
     }
 }
 
 template <bool kFp8>
-__device__ void receive(const LlDispatchArgs& args, const LlCall& call, const Range& range, uint32_t* table,
-                        const Stay (*stays)[kLlMaxTopk]) {
+__device__ void receive(const LlDispatchArgs& args, const LlCall& call, const Range& range, const Outgoing<kFp8>& last,
+                        uint32_t* table, const Stay (*stays)[kLlMaxTopk]) {
     __shared__ Arrivals from;
     __shared__ Rows listed[kLlMaxTeams][2];
     __shared__ Targets kept[kDirectTokens];
@@ -548,7 +554,7 @@ __device__ void receive(const LlDispatchArgs& args, const LlCall& call, const Ra
         max_tokens = max_of(max_tokens, from.header[rank] & ~kHasWeights);
     }
     __syncthreads();
-    if (stays != nullptr) keep_tokens<kFp8>(args, range, table, stays, kept);
+    if (stays != nullptr) keep_tokens<kFp8>(args, range, last, table, stays, kept);
     const uint8_t* slots = call.own_bytes(common.window.dispatch_slots);
     bool is_known = stays == nullptr;  // of the first item, whether it is there
     uint32_t turn = 0;
@@ -589,17 +595,19 @@ __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table) {
     const bool is_sending = (common.phases & kLlSend) != 0, is_receiving = (common.phases & kLlRecv) != 0;
     // Rows that stay skip the window where one launch does everything and blocks can remember their tokens.
     const bool is_direct = is_sending && is_receiving && range.per_block <= kDirectTokens;
+    Outgoing<kFp8> last;
     if (is_sending) {
         const uint32_t num_scanned = (range.is_publisher ? common.num_tokens : range.begin) * common.shape.num_topk;
         const Scan scan = load_scan(args, 0, num_scanned);
         Held held;
-        Choices choices;
+        Choices choices = {{-1, -1}, {-1, -1}, {0, 0}};
         if (range.begin < range.end) {
             choices = load_choices(args, range.begin);
             held = load_unit<kFp8>(args, range.begin, threadIdx.x);
         }
         call.prepare(credits, common.call_epoch);
         clear(args, table);
+        find_owners(common.shape, choices);
         count_experts(args, scan, num_scanned, table);
         call.begin(common.call_epoch);
         if (range.is_publisher) call.publish_credits(credits);
@@ -610,13 +618,13 @@ __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table) {
             __syncthreads();
             if (range.begin < range.end) clear(args, table);
         }
-        send<kFp8>(args, call, range, held, choices, table, is_direct ? stays : nullptr);
+        last = send<kFp8>(args, call, range, held, choices, table, is_direct ? stays : nullptr);
         __syncthreads();
     } else {
         call.prepare(credits, common.call_epoch);
         call.begin(common.call_epoch);
     }
-    if (is_receiving) receive<kFp8>(args, call, range, table, is_direct ? stays : nullptr);
+    if (is_receiving) receive<kFp8>(args, call, range, last, table, is_direct ? stays : nullptr);
     call.end();
 }
 

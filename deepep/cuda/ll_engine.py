@@ -198,7 +198,7 @@ class LowLatencyEngine:
         kernel = self._dispatch_kernel.handle
         kept = (request, recv_x, recv_sf, recv_count, src_info, layout_range, routing)
         common = args.common
-        num_blocks, common.team_threads = self._grid(kernel, x.shape[0], max(shape.num_ranks - 1, 1), request.num_sms)
+        num_blocks, common.team_threads = self._grid(kernel, x.shape[0], request.num_sms)
         common.num_tokens = x.shape[0]
         launch = _Launch(self, kernel, num_blocks, self._table_bytes, args, kept)
         finish = launch.start(request.split_phases)
@@ -236,7 +236,7 @@ class LowLatencyEngine:
         common.wait_stats = _pointer(request.wait_recv_cost_stats)
         common.num_tokens = routing.num_tokens
         kernel = self._combine_kernel.handle
-        num_blocks, team = self._grid(kernel, routing.num_tokens, self.shape.num_ranks, request.num_sms)
+        num_blocks, team = self._grid(kernel, routing.num_tokens, request.num_sms)
         common.team_threads = team
         smem = self._own_bytes(team) if keeps_own else 0
         launch = _Launch(self, kernel, num_blocks, smem, args, (request, x, out, epoch))
@@ -285,13 +285,13 @@ class LowLatencyEngine:
         num_sms = driver.device_attribute("CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT", self._device)
         return max(1, num_sms * kernel.blocks_per_sm(ll_structs.NUM_THREADS, smem) // ranks_per_gpu)
 
-    def _grid(self, kernel: int, num_tokens: int, rows_per_token: int, num_sms: int) -> tuple[int, int]:
+    def _grid(self, kernel: int, num_tokens: int, num_sms: int) -> tuple[int, int]:
         """Choose blocks and threads per team: as many threads on a row as leave every row a team of its own."""
         max_blocks = self._max_blocks[kernel]
         if num_sms:
             max_blocks = max(1, min(max_blocks, 2 * num_sms))
         tokens = max(num_tokens, self.shape.num_max_tokens // 16, 1)  # the others may have more
-        num_rows = tokens * rows_per_token
+        num_rows = tokens * max(self.shape.num_ranks - 1, 1)
         team = _MAX_TEAM
         while team > _MIN_TEAM and max_blocks * (_MAX_TEAM // team) < num_rows:
             team //= 2

@@ -43,7 +43,7 @@ struct LlCall {
     LlShared& shared;
     const Transport transport;
     LlState* const state;
-    const uint64_t deadline;
+    uint64_t deadline;
     uint32_t epoch;
     uint64_t bank;  // byte offset
 
@@ -53,33 +53,31 @@ struct LlCall {
           shared(block),
           transport(reinterpret_cast<uint64_t>(block.peers), common.shape.rank, common.shape.num_ranks),
           state(pointer<LlState>(common.own_base + common.window.state)),
-          deadline(global_timer_ns() + common.timeout_ns) {
-        load_peers();
-    }
-
-    __device__ void load_peers() const {
-        const uint32_t rank = threadIdx.x;
-        if (rank >= args.shape.num_ranks) return;
-        shared.peers[rank] = pointer<const uint64_t>(args.peer_table)[rank];
-        shared.mask[rank] = state->mask[rank];
-        shared.waited_ns[rank] = 0;
-    }
+          deadline(global_timer_ns() + common.timeout_ns) {}
 
     // Start: issue all loads that nothing depends on. `credits` is where peers say what they are through with.
     __device__ void prepare(uint64_t credits, uint64_t call_epoch) const {
         // Of other warps than those that look at ranks.
         constexpr uint32_t kEpochThread = 3 * kWarpSize, kBankThread = 4 * kWarpSize;
         if (threadIdx.x < args.shape.num_ranks) {
-            const uint64_t* word = pointer<const uint64_t>(args.own_base + credits) + threadIdx.x;
+            const uint32_t rank = threadIdx.x;
+            const uint64_t* word = pointer<const uint64_t>(args.own_base + credits) + rank;
+            const uint64_t peer = pointer<const uint64_t>(args.peer_table)[rank];
+            const uint32_t mask = *(volatile uint32_t*)&state->mask[rank];
             uint64_t seen[kLlBanks];
+#pragma unroll
             for (uint32_t b = 0; b < kLlBanks; ++b) seen[b] = load_relaxed_sys(word + b * args.window.bank_stride / 8);
-            for (uint32_t b = 0; b < kLlBanks; ++b) shared.credit[b][threadIdx.x] = static_cast<uint32_t>(seen[b] >> 32);
-        } else if (threadIdx.x == kEpochThread) {
+#pragma unroll
+            for (uint32_t b = 0; b < kLlBanks; ++b) shared.credit[b][rank] = static_cast<uint32_t>(seen[b] >> 32);
+            shared.peers[rank] = peer;
+            shared.mask[rank] = mask;
+            shared.waited_ns[rank] = 0;
+        } else if (threadIdx.x == kEpochThread && args.phases != 0) {
             const bool is_sending = (args.phases & kLlSend) != 0;
             const volatile uint64_t* starts = &state->starts[op];
             shared.epoch = is_sending ? static_cast<uint32_t>(*starts / kLlStart) + 1
                                       : *pointer<const volatile uint32_t>(call_epoch);
-        } else if (threadIdx.x - kBankThread < kLlBanks) {
+        } else if (threadIdx.x - kBankThread < kLlBanks && args.phases != 0) {
             // Blocks of this launch may have ended before this one starts, hence "at least".
             const uint32_t b = threadIdx.x - kBankThread;
             const uint32_t last = *(volatile uint32_t*)&state->read_epoch[op][b];
@@ -108,7 +106,7 @@ struct LlCall {
 
     __device__ void announce_readers() const {
         state->read_epoch[op][epoch % kLlBanks] = epoch;
-        state->num_readers[op][epoch % kLlBanks] += gridDim.x;
+        atomicAdd(&state->num_readers[op][epoch % kLlBanks], gridDim.x);
     }
 
     // By one block of a sending launch: tell the peers which banks this rank is through with.
@@ -165,12 +163,13 @@ struct LlCall {
     }
 
     // Wait for a word of this epoch that `rank` writes. False if the rank is masked or did not arrive in time.
+    // A rank that others wait for waits no longer than half of the time itself (`is_early`).
     template <bool kData>
-    __device__ bool wait(uint32_t rank, const uint64_t* word, uint32_t& value) const {
+    __device__ bool wait(uint32_t rank, const uint64_t* word, uint32_t& value, bool is_early = false) const {
         constexpr uint32_t kSpinsPerCheck = 64;
         const uint64_t start = args.wait_stats != 0 ? global_timer_ns() : 0;
         for (uint32_t spin = 1; !peek<kData>(word, value); ++spin) {
-            if (spin % kSpinsPerCheck == 0 && has_given_up(rank)) return false;
+            if (spin % kSpinsPerCheck == 0 && has_given_up(rank, is_early)) return false;
         }
         if (args.wait_stats != 0) {
             atomicMax(&shared.waited_ns[rank], static_cast<uint32_t>(global_timer_ns() - start));
@@ -178,9 +177,9 @@ struct LlCall {
         return true;
     }
 
-    __device__ bool has_given_up(uint32_t rank) const {
+    __device__ bool has_given_up(uint32_t rank, bool is_early = false) const {
         if (is_masked(rank)) return true;
-        if (global_timer_ns() < deadline && *(volatile uint32_t*)&state->mask[rank] == 0) return false;
+        if (global_timer_ns() < deadline - (is_early ? args.timeout_ns / 2 : 0) && *(volatile uint32_t*)&state->mask[rank] == 0) return false;
         lose(rank);
         return true;
     }
