@@ -315,9 +315,11 @@ __device__ Outgoing<kFp8> send(const LlDispatchArgs& args, const LlCall& call, c
 }
 
 // What a block knows about the sources.
+enum class Presence : uint32_t { kUnknown, kAbsent, kPresent };
+
 struct Arrivals {
     uint32_t header[kLlMaxRanks];
-    uint32_t is_first_present[kLlMaxTeams];
+    Presence first[kLlMaxTeams];  // of the first token of each team
 };
 
 // The sources whose tokens come through the window: all of them, or all others.
@@ -339,18 +341,19 @@ struct Item {
 };
 
 // By one thread of each team, while others wait for counts: learn whether the team's first token is there. Its source may
-// have fewer tokens, which only the header tells.
-__device__ bool await_first(const LlDispatchArgs& args, const LlCall& call, const Item& item) {
-    constexpr uint32_t kSpinsPerCheck = 64;
-    if (item.token >= args.common.shape.num_max_tokens || call.is_masked(item.source)) return false;
+// have fewer tokens, which only the header tells. Where there is other work (`may_leave`), look a few times only.
+__device__ Presence look_for_first(const LlDispatchArgs& args, const LlCall& call, const Item& item, bool may_leave) {
+    constexpr uint32_t kSpinsPerCheck = 64, kSpinsAtMost = 2;
+    if (item.token >= args.common.shape.num_max_tokens || call.is_masked(item.source)) return Presence::kAbsent;
     const uint64_t* present = call.own_word(args.common.window.present, item.slot);
     const uint64_t* header = call.own_word(args.common.window.headers, item.source);
     for (uint32_t spin = 1;; ++spin) {
         uint32_t is_here, num_tokens;
         const bool has_header = call.peek<false>(header, num_tokens), has_flag = call.peek<true>(present, is_here);
-        if (has_header && item.token >= (num_tokens & ~kHasWeights)) return false;
-        if (has_flag) return is_here != 0;
-        if (spin % kSpinsPerCheck == 0 && call.has_given_up(item.source)) return false;
+        if (has_header && item.token >= (num_tokens & ~kHasWeights)) return Presence::kAbsent;
+        if (has_flag) return is_here != 0 ? Presence::kPresent : Presence::kAbsent;
+        if (may_leave && spin == kSpinsAtMost) return Presence::kUnknown;
+        if (spin % kSpinsPerCheck == 0 && call.has_given_up(item.source)) return Presence::kAbsent;
     }
 }
 
@@ -542,8 +545,9 @@ __device__ void receive(const LlDispatchArgs& args, const LlCall& call, const Ra
     const Team team(common.team_threads);
     if (team.thread == team.threads - 1) {
         listed[team.index][0].count = 0;
-        from.is_first_present[team.index] =
-            sources.count != 0 && stays == nullptr && await_first(args, call, Item(shape, sources, team.global_index()));
+        from.first[team.index] = sources.count == 0 ? Presence::kAbsent
+                                                    : look_for_first(args, call, Item(shape, sources, team.global_index()),
+                                                                     stays != nullptr);
     }
     if (threadIdx.x < kDirectTokens) kept[threadIdx.x].count = 0;
     await_counts(args, call, table, from);
@@ -554,19 +558,25 @@ __device__ void receive(const LlDispatchArgs& args, const LlCall& call, const Ra
         max_tokens = max_of(max_tokens, from.header[rank] & ~kHasWeights);
     }
     __syncthreads();
-    if (stays != nullptr) keep_tokens<kFp8>(args, range, last, table, stays, kept);
     const uint8_t* slots = call.own_bytes(common.window.dispatch_slots);
-    bool is_known = stays == nullptr;  // of the first item, whether it is there
+    Presence presence = from.first[team.index];
+    Arrived arrived;
+    if (presence == Presence::kPresent) {
+        const Item item(shape, sources, team.global_index());
+        load_slot<kFp8>(args, slots + item.slot * shape.slot_bytes, team, arrived);
+    }
+    bool is_loaded = presence == Presence::kPresent;
+    if (stays != nullptr) keep_tokens<kFp8>(args, range, last, table, stays, kept);
     uint32_t turn = 0;
     for (uint32_t number = team.global_index(); number < max_tokens * sources.count; number += team.global_count()) {
         const Item item(shape, sources, number);
-        const bool is_first_present = is_known && from.is_first_present[team.index];
-        const bool must_wait = !is_known;
-        is_known = false;
+        const Presence known = presence;
+        presence = Presence::kUnknown;
         if (item.token >= (from.header[item.source] & ~kHasWeights)) continue;
+        const uint8_t* slot = slots + item.slot * shape.slot_bytes;
         Rows& rows = listed[team.index][turn];
         turn ^= 1;
-        if (must_wait) {
+        if (known == Presence::kUnknown) {
             if (team.thread == 0) {
                 uint32_t value = 0;
                 rows.is_present = call.wait<true>(item.source, call.own_word(common.window.present, item.slot), value) &&
@@ -575,10 +585,9 @@ __device__ void receive(const LlDispatchArgs& args, const LlCall& call, const Ra
             }
             team.sync();
         }
-        if (must_wait ? rows.is_present : is_first_present) {
-            const uint8_t* slot = slots + item.slot * shape.slot_bytes;
-            Arrived arrived;
-            load_slot<kFp8>(args, slot, team, arrived);
+        if (known == Presence::kPresent || (known == Presence::kUnknown && rows.is_present)) {
+            if (!is_loaded) load_slot<kFp8>(args, slot, team, arrived);
+            is_loaded = false;
             store_token<kFp8>(args, item, slot, team, table, arrived, rows);
         } else {
             forget_token(args, item, team.thread);
