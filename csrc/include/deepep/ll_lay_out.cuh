@@ -1,0 +1,289 @@
+// The receiving half of low-latency dispatch: tokens from their slots, and those that never left, to rows per expert.
+#pragma once
+
+#include <deepep/ll_push.cuh>
+
+namespace deepep {
+
+// What a block knows about the sources.
+enum class Presence : uint32_t { kUnknown, kAbsent, kPresent };
+
+struct Arrivals {
+    uint32_t header[kLlMaxRanks];
+    Presence first[kLlMaxTeams];  // of the first token of each team
+};
+
+// The sources whose tokens come through the window: all of them, or all others.
+struct Sources {
+    uint32_t count, rank;  // rank: own number if it is left out, else more than any
+    __device__ Sources(const LlShape& shape, bool without_own)
+        : count(shape.num_ranks - without_own), rank(without_own ? shape.rank : shape.num_ranks) {}
+};
+
+// One token of one source, as a number: sources take turns, so that teams start on what comes first.
+struct Item {
+    uint32_t source, token;
+    uint64_t slot;  // number
+    __device__ Item(const LlShape& shape, const Sources& sources, uint32_t number)
+        : source(number % sources.count), token(number / sources.count) {
+        if (source >= sources.rank) ++source;
+        slot = static_cast<uint64_t>(source) * shape.num_max_tokens + token;
+    }
+};
+
+// By one thread of each team, while others wait for counts: learn whether the team's first token is there. Its source may
+// have fewer tokens, which only the header tells. Where there is other work (`may_leave`), look a few times only.
+__device__ Presence look_for_first(const LlDispatchArgs& args, const LlCall& call, const Item& item, bool may_leave) {
+    constexpr uint32_t kSpinsPerCheck = 64, kSpinsAtMost = 2;
+    if (item.token >= args.common.shape.num_max_tokens || call.is_masked(item.source)) return Presence::kAbsent;
+    const uint64_t* present = call.own_word(args.common.window.present, item.slot);
+    const uint64_t* header = call.own_word(args.common.window.headers, item.source);
+    for (uint32_t spin = 1;; ++spin) {
+        uint32_t is_here, num_tokens;
+        const bool has_header = call.peek<false>(header, num_tokens), has_flag = call.peek<true>(present, is_here);
+        if (has_header && item.token >= (num_tokens & ~kHasWeights)) return Presence::kAbsent;
+        if (has_flag) return is_here != 0 ? Presence::kPresent : Presence::kAbsent;
+        if (may_leave && spin == kSpinsAtMost) return Presence::kUnknown;
+        if (spin % kSpinsPerCheck == 0 && call.has_given_up(item.source)) return Presence::kAbsent;
+    }
+}
+
+// Wait for the headers and counts of all sources; `table` [R, L] gets the counts.
+__device__ void await_counts(const LlDispatchArgs& args, const LlCall& call, uint32_t* table, Arrivals& from) {
+    const LlShape& shape = args.common.shape;
+    for (uint32_t i = threadIdx.x; i < shape.num_experts + shape.num_ranks; i += kLlThreads) {
+        const bool is_header = i >= shape.num_experts;
+        const uint32_t rank = is_header ? i - shape.num_experts : i / shape.num_local_experts;
+        const uint64_t offset = is_header ? args.common.window.headers : args.common.window.counts;
+        uint32_t value = 0;
+        if (call.is_masked(rank) || !call.wait<false>(rank, call.own_word(offset, is_header ? rank : i), value)) value = 0;
+        (is_header ? from.header[rank] : table[i]) = value;
+    }
+}
+
+// Turn `table` from counts into the first row of each source inside each expert. Block 0 tells the caller about them.
+__device__ void place_sources(const LlDispatchArgs& args, uint32_t* table, const Arrivals& from) {
+    const LlShape& shape = args.common.shape;
+    const uint32_t num_local = shape.num_local_experts;
+    for (uint32_t expert = threadIdx.x; expert < num_local; expert += kLlThreads) {
+        uint32_t begin = 0;
+        for (uint32_t rank = 0; rank < shape.num_ranks; ++rank) {
+            const uint32_t count = table[rank * num_local + expert];
+            table[rank * num_local + expert] = begin;
+            if (blockIdx.x == 0) {
+                pointer<uint64_t>(args.layout_range)[expert * shape.num_ranks + rank] = ll_word(begin, count);
+            }
+            begin += count;
+        }
+        if (blockIdx.x != 0) continue;
+        pointer<uint32_t>(args.recv_count)[expert] = begin;
+        if (args.recv_stats != 0) pointer<uint32_t>(args.recv_stats)[expert] += begin;
+    }
+    if (blockIdx.x == 0 && threadIdx.x < shape.num_ranks) {
+        pointer<uint32_t>(args.common.sources)[threadIdx.x] = from.header[threadIdx.x];
+    }
+}
+
+// The rows that one token gets here.
+struct Rows {
+    uint32_t is_present, count;
+    uint32_t row[kLlMaxTopk];
+    uint32_t sf_at[kLlMaxTopk];  // index of the row's first scale factor
+};
+
+constexpr uint32_t kVecsAtOnce = 4;  // of a row, per thread
+
+// A team's part of a row under way, and one of its choices.
+struct Arrived {
+    Vec16 part[kVecsAtOnce];
+    Vec16 choice;
+    uint32_t scale;
+};
+
+__device__ __forceinline__ uint32_t num_scales(const LlDispatchArgs& args) {
+    return args.common.shape.hidden / kGroupSize / (args.sf_format == kSfUe8m0 ? 4 : 1);
+}
+
+__device__ __forceinline__ uint32_t load_scale(const LlShape& shape, const uint8_t* slot, uint32_t index) {
+    return reinterpret_cast<const volatile uint32_t*>(slot + shape.hidden)[index];
+}
+
+template <bool kFp8>
+__device__ uint32_t vecs_of(const LlShape& shape) {
+    return shape.hidden / (kFp8 ? 16 : 8);
+}
+
+__device__ __forceinline__ void load_part(const Vec16* in, uint32_t base, uint32_t num_vecs, const Team& team,
+                                          Arrived& arrived) {
+#pragma unroll
+    for (uint32_t i = 0; i < kVecsAtOnce; ++i) {
+        const uint32_t vec = base + i * team.threads + team.thread;
+        if (vec < num_vecs) arrived.part[i] = load_stream(in + vec);
+    }
+}
+
+__device__ __forceinline__ void store_part(const LlDispatchArgs& args, uint32_t base, uint32_t num_vecs,
+                                           const Team& team, const Rows& rows, const Arrived& arrived) {
+    for (uint32_t r = 0; r < rows.count; ++r) {
+        Vec16* out = pointer<Vec16>(args.recv_x) + static_cast<uint64_t>(rows.row[r]) * num_vecs;
+#pragma unroll
+        for (uint32_t i = 0; i < kVecsAtOnce; ++i) {
+            const uint32_t vec = base + i * team.threads + team.thread;
+            if (vec < num_vecs) out[vec] = arrived.part[i];
+        }
+    }
+}
+
+template <bool kFp8>
+__device__ void load_slot(const LlDispatchArgs& args, const uint8_t* slot, const Team& team, Arrived& arrived) {
+    const LlShape& shape = args.common.shape;
+    load_part(reinterpret_cast<const Vec16*>(slot), 0, vecs_of<kFp8>(shape), team, arrived);
+    const Vec16* choices = reinterpret_cast<const Vec16*>(slot + shape.choice_offset);
+    if (team.thread < shape.num_topk) arrived.choice = load_stream(choices + team.thread);
+    if (kFp8 && team.thread < num_scales(args)) arrived.scale = load_scale(shape, slot, team.thread);
+}
+
+// Note where one choice of a token ended up: `expert` -1 if elsewhere. Gives the row and the index of its first scale.
+__device__ __forceinline__ uint2 keep_route(const LlDispatchArgs& args, uint64_t slot, uint32_t token, uint32_t k,
+                                            int32_t expert, uint32_t place, uint32_t weight) {
+    const LlShape& shape = args.common.shape;
+    const uint64_t route = slot * shape.num_topk + k;
+    const uint32_t room = shape.num_ranks * shape.num_max_tokens, row = expert * room + place;
+    pointer<int32_t>(args.common.routes)[route] = expert < 0 ? -1 : static_cast<int32_t>(row);
+    pointer<uint32_t>(args.common.route_weights)[route] = weight;
+    if (expert >= 0) pointer<uint32_t>(args.src_info)[row] = token;
+    return {row, expert * num_scales(args) * room + place};
+}
+
+// By the first K threads of a team: list the token's rows, and keep them for combine.
+__device__ void list_rows(const LlDispatchArgs& args, const Item& item, const Vec16& raw, const uint32_t* table,
+                          uint32_t k, Rows& rows) {
+    const LlShape& shape = args.common.shape;
+    if (k >= shape.num_topk) return;
+    const int32_t expert = static_cast<int32_t>(raw.word[0]);
+    const uint32_t first = expert < 0 ? 0 : table[item.source * shape.num_local_experts + expert];
+    const uint2 at = keep_route(args, item.slot, item.token, k, expert, first + raw.word[1], raw.word[2]);
+    if (expert < 0) return;
+    const uint32_t index = atomicAdd(&rows.count, 1);
+    rows.row[index] = at.x;
+    rows.sf_at[index] = at.y;
+}
+
+__device__ void store_scales(const LlDispatchArgs& args, const uint8_t* slot, const Team& team, const Rows& rows,
+                             uint32_t scale) {
+    const LlShape& shape = args.common.shape;
+    const uint32_t room = shape.num_ranks * shape.num_max_tokens, count = num_scales(args);
+    for (uint32_t sf = team.thread; sf < count; sf += team.threads) {
+        if (sf != team.thread) scale = load_scale(shape, slot, sf);
+        for (uint32_t r = 0; r < rows.count; ++r) pointer<uint32_t>(args.recv_sf)[rows.sf_at[r] + sf * room] = scale;
+    }
+}
+
+template <bool kFp8>
+__device__ void store_token(const LlDispatchArgs& args, const Item& item, const uint8_t* slot, const Team& team,
+                            const uint32_t* table, Arrived& arrived, Rows& rows) {
+    const uint32_t num_vecs = vecs_of<kFp8>(args.common.shape), step = kVecsAtOnce * team.threads;
+    list_rows(args, item, arrived.choice, table, team.thread, rows);
+    team.sync();
+    store_part(args, 0, num_vecs, team, rows, arrived);
+    if constexpr (kFp8) store_scales(args, slot, team, rows, arrived.scale);
+    for (uint32_t base = step; base < num_vecs; base += step) {
+        load_part(reinterpret_cast<const Vec16*>(slot), base, num_vecs, team, arrived);
+        store_part(args, base, num_vecs, team, rows, arrived);
+    }
+}
+
+__device__ void forget_token(const LlDispatchArgs& args, const Item& item, uint32_t k) {
+    const uint32_t num_topk = args.common.shape.num_topk;
+    if (k < num_topk) pointer<int32_t>(args.common.routes)[item.slot * num_topk + k] = -1;
+}
+
+// By the whole block: lay out the rows of its own tokens that stay here while others' are on their way. `out` is a
+// thread's part of the last token; the others are cast once more.
+template <bool kFp8>
+__device__ void keep_tokens(const LlDispatchArgs& args, const Range& range, Outgoing<kFp8> out, const uint32_t* table,
+                            const Stay (*stays)[kLlMaxTopk], Targets* to) {
+    const LlShape& shape = args.common.shape;
+    const uint32_t place = threadIdx.x / kLlMaxTopk, k = threadIdx.x % kLlMaxTopk, token = range.begin + place;
+    if (token < range.end && k < shape.num_topk) {
+        const Stay stay = stays[place][k];
+        const uint64_t slot = static_cast<uint64_t>(shape.rank) * shape.num_max_tokens + token;
+        const uint32_t first = stay.expert < 0 ? 0 : table[shape.rank * shape.num_local_experts + stay.expert];
+        const uint2 at = keep_route(args, slot, token, k, stay.expert, first + stay.position, 0);
+        if (stay.expert >= 0) {
+            const uint32_t index = atomicAdd(&to[place].count, 1);
+            to[place].row[index] = pointer<uint8_t>(args.recv_x) + uint64_t{at.x} * shape.hidden * (kFp8 ? 1 : 2);
+            to[place].sf[index] = pointer<uint8_t>(args.recv_sf) + uint64_t{at.y} * 4;
+            to[place].sf_stride = 4 * shape.num_ranks * shape.num_max_tokens;
+        }
+    }
+    __syncthreads();
+    for (uint32_t own = range.end; own-- > range.begin;) {
+        if (own + 1 != range.end) cast_unit(args, load_unit<kFp8>(args, own, threadIdx.x), out);
+        if (to[own - range.begin].count != 0) store_row<kFp8>(args, own, out, to[own - range.begin]);
+    }
+}
+
+template <bool kFp8>
+__device__ void receive(const LlDispatchArgs& args, const LlCall& call, const Range& range, const Outgoing<kFp8>& last,
+                        uint32_t* table, const Stay (*stays)[kLlMaxTopk]) {
+    __shared__ Arrivals from;
+    __shared__ Rows listed[kLlMaxTeams][2];
+    __shared__ Targets kept[kDirectTokens];
+    const LlCommon& common = args.common;
+    const LlShape& shape = common.shape;
+    const Sources sources(shape, stays != nullptr);
+    const Team team(common.team_threads);
+    if (team.thread == team.threads - 1) {
+        listed[team.index][0].count = 0;
+        from.first[team.index] = sources.count == 0 ? Presence::kAbsent
+                                                    : look_for_first(args, call, Item(shape, sources, team.global_index()),
+                                                                     stays != nullptr);
+    }
+    if (threadIdx.x < kDirectTokens) kept[threadIdx.x].count = 0;
+    await_counts(args, call, table, from);
+    __syncthreads();
+    place_sources(args, table, from);
+    uint32_t max_tokens = 0;
+    for (uint32_t rank = 0; rank < shape.num_ranks; ++rank) {
+        max_tokens = max_of(max_tokens, from.header[rank] & ~kHasWeights);
+    }
+    __syncthreads();
+    const uint8_t* slots = call.own_bytes(common.window.dispatch_slots);
+    Presence presence = from.first[team.index];
+    Arrived arrived;
+    if (presence == Presence::kPresent) {
+        const Item item(shape, sources, team.global_index());
+        load_slot<kFp8>(args, slots + item.slot * shape.slot_bytes, team, arrived);
+    }
+    bool is_loaded = presence == Presence::kPresent;
+    if (stays != nullptr) keep_tokens<kFp8>(args, range, last, table, stays, kept);
+    uint32_t turn = 0;
+    for (uint32_t number = team.global_index(); number < max_tokens * sources.count; number += team.global_count()) {
+        const Item item(shape, sources, number);
+        const Presence known = presence;
+        presence = Presence::kUnknown;
+        if (item.token >= (from.header[item.source] & ~kHasWeights)) continue;
+        const uint8_t* slot = slots + item.slot * shape.slot_bytes;
+        Rows& rows = listed[team.index][turn];
+        turn ^= 1;
+        if (known == Presence::kUnknown) {
+            if (team.thread == 0) {
+                uint32_t value = 0;
+                rows.is_present = call.wait<true>(item.source, call.own_word(common.window.present, item.slot), value) &&
+                                  value != 0;
+                rows.count = 0;
+            }
+            team.sync();
+        }
+        if (known == Presence::kPresent || (known == Presence::kUnknown && rows.is_present)) {
+            if (!is_loaded) load_slot<kFp8>(args, slot, team, arrived);
+            is_loaded = false;
+            store_token<kFp8>(args, item, slot, team, table, arrived, rows);
+        } else {
+            forget_token(args, item, team.thread);
+        }
+    }
+}
+
+}  // namespace deepep

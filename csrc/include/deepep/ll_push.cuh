@@ -1,0 +1,199 @@
+// The sending half of low-latency dispatch: counts to every rank, each token once to every rank of its experts.
+#pragma once
+
+#include <deepep/ll_rows.cuh>
+
+namespace deepep {
+
+constexpr uint32_t kScansAtOnce = 2;  // choices a thread holds before it counts them
+
+struct Scan {
+    int32_t expert[kScansAtOnce];
+};
+
+// Choices [first, ..) of this rank's tokens, of which there are `end` to look at.
+__device__ __forceinline__ Scan load_scan(const LlDispatchArgs& args, uint32_t first, uint32_t end) {
+    Scan scan;
+#pragma unroll
+    for (uint32_t i = 0; i < kScansAtOnce; ++i) {
+        const uint32_t at = first + i * kLlThreads + threadIdx.x;
+        scan.expert[i] = at < end ? static_cast<int32_t>(pointer<const int64_t>(args.topk_idx)[at]) : -1;
+    }
+    return scan;
+}
+
+// Add how often each expert is chosen by the first `end` choices to `table`; `scan` holds the very first ones.
+__device__ void count_experts(const LlDispatchArgs& args, Scan scan, uint32_t end, uint32_t* table) {
+    for (uint32_t first = 0; first < end; first += kScansAtOnce * kLlThreads) {
+        if (first != 0) scan = load_scan(args, first, end);
+#pragma unroll
+        for (uint32_t i = 0; i < kScansAtOnce; ++i) {
+            if (scan.expert[i] >= 0) atomicAdd(&table[scan.expert[i]], 1);
+        }
+    }
+}
+
+__device__ void clear(const LlDispatchArgs& args, uint32_t* table) {
+    for (uint32_t i = threadIdx.x; i < args.common.shape.num_experts; i += kLlThreads) table[i] = 0;
+    __syncthreads();
+}
+
+// Tell every rank how many tokens there are here, and how many rows each of its experts gets.
+__device__ void publish_counts(const LlDispatchArgs& args, const LlCall& call, const uint32_t* table) {
+    const LlShape& shape = args.common.shape;
+    for (uint32_t i = threadIdx.x; i < shape.num_experts; i += kLlThreads) {
+        const uint32_t owner = i / shape.num_local_experts;
+        const uint64_t index = static_cast<uint64_t>(shape.rank) * shape.num_local_experts + i % shape.num_local_experts;
+        if (!call.is_masked(owner)) call.signal(owner, args.common.window.counts, index, table[i]);
+    }
+    for (uint32_t rank = threadIdx.x; rank < shape.num_ranks; rank += kLlThreads) {
+        const uint32_t header = args.common.num_tokens | (args.topk_weights != 0 ? kHasWeights : 0);
+        if (!call.is_masked(rank)) call.signal(rank, args.common.window.headers, shape.rank, header);
+    }
+}
+
+// A token's choices, two per lane of the address warp.
+struct Choices {
+    int32_t expert[2], owner[2];
+    float weight[2];
+};
+
+__device__ __forceinline__ Choices load_choices(const LlDispatchArgs& args, uint32_t token) {
+    const LlShape& shape = args.common.shape;
+    const uint64_t first = static_cast<uint64_t>(token) * shape.num_topk;
+    Choices choices;
+#pragma unroll
+    for (uint32_t i = 0; i < 2; ++i) {
+        const uint32_t k = lane_index() + i * kWarpSize;
+        choices.expert[i] = -1;
+        choices.weight[i] = 0;
+        if (warp_index() != kAddressWarp || k >= shape.num_topk) continue;
+        choices.expert[i] = static_cast<int32_t>(pointer<const int64_t>(args.topk_idx)[first + k]);
+        if (args.topk_weights != 0) choices.weight[i] = pointer<const float>(args.topk_weights)[first + k];
+    }
+    return choices;
+}
+
+// Apart from the loads, which others follow.
+__device__ __forceinline__ void find_owners(const LlShape& shape, Choices& choices) {
+    if (warp_index() != kAddressWarp) return;
+#pragma unroll
+    for (uint32_t i = 0; i < 2; ++i) {
+        choices.owner[i] =
+            choices.expert[i] < 0 ? -1 : choices.expert[i] / static_cast<int32_t>(shape.num_local_experts);
+    }
+}
+
+// A choice that stays on this rank.
+struct Stay {
+    int32_t expert;  // local number, -1 if it does not
+    uint32_t position;
+};
+
+// By one warp: find the ranks of a token, and write each of them the token's choices. `table` counts on. With `stays`,
+// this rank's own choices are noted there instead.
+__device__ void address_token(const LlDispatchArgs& args, const LlCall& call, uint32_t token, const Choices& choices,
+                              uint32_t* table, Stay* stays, Targets& to) {
+    const LlShape& shape = args.common.shape;
+    const uint32_t lane = lane_index();
+    const uint64_t first = static_cast<uint64_t>(token) * shape.num_topk;
+    int32_t owner[2], local[2];
+    uint32_t position[2], low = 0, high = 0;
+#pragma unroll
+    for (uint32_t i = 0; i < 2; ++i) {
+        const uint32_t k = lane + i * kWarpSize;
+        int32_t expert = choices.expert[i];
+        owner[i] = choices.owner[i];
+        local[i] = expert - owner[i] * static_cast<int32_t>(shape.num_local_experts);
+        position[i] = expert >= 0 ? table[expert]++ : 0;
+        if (owner[i] >= 0 && call.is_masked(owner[i])) expert = owner[i] = -1;
+        if (k < shape.num_topk) pointer<int32_t>(args.common.home_topk)[first + k] = expert;
+        if (stays != nullptr) {
+            const bool is_here = owner[i] == static_cast<int32_t>(shape.rank);
+            if (k < shape.num_topk) stays[k] = {is_here ? local[i] : -1, position[i]};
+            if (is_here) owner[i] = -1;
+        }
+        if (owner[i] >= 32) high |= 1u << (owner[i] - 32);
+        if (owner[i] >= 0 && owner[i] < 32) low |= 1u << owner[i];
+    }
+    low = __reduce_or_sync(kFullMask, low);
+    high = shape.num_ranks > 32 ? __reduce_or_sync(kFullMask, high) : 0;
+    const uint64_t ranks = static_cast<uint64_t>(high) << 32 | low;
+    const uint64_t offset = args.common.window.dispatch_slots + call.bank +
+                            (static_cast<uint64_t>(shape.rank) * shape.num_max_tokens + token) * shape.slot_bytes;
+    uint32_t count = 0;
+    for (uint64_t left = ranks; left != 0; left &= left - 1) {
+        const int32_t rank = __ffsll(static_cast<long long>(left)) - 1;
+        uint8_t* slot = call.transport.peer_ptr(rank, offset);
+        if (lane == 0) {
+            to.row[count] = slot;
+            to.sf[count] = slot + shape.hidden;
+        }
+        ++count;
+        LlChoice* out = reinterpret_cast<LlChoice*>(slot + shape.choice_offset);
+#pragma unroll
+        for (uint32_t i = 0; i < 2; ++i) {
+            const uint32_t k = lane + i * kWarpSize;
+            if (k < shape.num_topk) out[k] = {owner[i] == rank ? local[i] : -1, position[i], choices.weight[i], 0};
+        }
+    }
+    if (lane == 0) to.ranks = ranks, to.count = count, to.sf_stride = 4;
+}
+
+// Tokens [begin, end) that a block sends. The last block publishes counts instead, where there are several.
+struct Range {
+    uint32_t begin, end, per_block;
+    bool is_publisher;
+    __device__ explicit Range(uint32_t num_tokens) : is_publisher(blockIdx.x == gridDim.x - 1) {
+        const uint32_t num_senders = max_of(gridDim.x - 1, 1u);
+        per_block = ceil_div(num_tokens, num_senders);
+        begin = min_of(blockIdx.x * per_block, num_tokens);
+        end = blockIdx.x < num_senders ? min_of(begin + per_block, num_tokens) : begin;
+    }
+};
+
+// By one warp: say which of the last tokens went to which rank, all that was pushed to them being there.
+__device__ void signal_tokens(const LlDispatchArgs& args, const LlCall& call, uint32_t first, uint32_t count,
+                              const uint64_t* sent_to) {
+    const LlShape& shape = args.common.shape;
+    fence_sys();
+    for (uint32_t i = lane_index(); i < count * shape.num_ranks; i += kWarpSize) {
+        const uint32_t rank = i % shape.num_ranks, place = i / shape.num_ranks;
+        const uint64_t index = static_cast<uint64_t>(shape.rank) * shape.num_max_tokens + first + place;
+        if (!call.is_masked(rank)) call.signal(rank, args.common.window.present, index, sent_to[place] >> rank & 1);
+    }
+    __syncwarp();
+}
+
+// `table` holds how often the tokens before the range choose each expert; `held` and `choices` are of the first token.
+// With `stays` [.., K] the choices of this rank's own experts are left to receive(). Returns the last token's part.
+template <bool kFp8>
+__device__ Outgoing<kFp8> send(const LlDispatchArgs& args, const LlCall& call, const Range& range, Held held, Choices choices,
+                     uint32_t* table, Stay (*stays)[kLlMaxTopk]) {
+    __shared__ Targets to[2];
+    __shared__ uint64_t sent_to[kTokensPerFence];
+    Outgoing<kFp8> out;
+    for (uint32_t token = range.begin; token < range.end; ++token) {
+        const uint32_t place = token - range.begin, in_batch = place % kTokensPerFence;
+        Targets& now = to[place % 2];
+        if (warp_index() == kAddressWarp) {
+            address_token(args, call, token, choices, table, stays != nullptr ? stays[place] : nullptr, now);
+        }
+        cast_unit(args, held, out);
+        const bool is_last = token + 1 == range.end;
+        if (!is_last) {
+            choices = load_choices(args, token + 1);
+            held = load_unit<kFp8>(args, token + 1, threadIdx.x);
+            find_owners(args.common.shape, choices);
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) sent_to[in_batch] = now.ranks;
+        store_row<kFp8>(args, token, out, now);
+        if (in_batch + 1 < kTokensPerFence && !is_last) continue;
+        __syncthreads();
+        if (warp_index() == kAddressWarp) signal_tokens(args, call, token - in_batch, in_batch + 1, sent_to);
+    }
+    return out;
+}
+
+}  // namespace deepep

@@ -1,0 +1,125 @@
+// Rows of low-latency dispatch on their way out of a block: loaded, cast to FP8 where asked for, stored to several places.
+#pragma once
+
+#include <deepep/ll_common.cuh>
+#include <deepep/quant.cuh>
+
+namespace deepep {
+
+constexpr uint32_t kTokensPerFence = 4;  // tokens a block sends before it says that they are there
+constexpr int kAddressWarp = kLlThreads / kWarpSize - 1;  // the one with the least of a row to cast
+constexpr uint32_t kDirectTokens = 4;    // tokens a block has at most, where rows that stay here skip the window
+
+// Where a row goes: slots of several ranks, or rows of several local experts.
+struct Targets {
+    uint64_t ranks;  // bit per rank, for slots
+    uint32_t count;
+    uint32_t sf_stride;  // bytes from one word of scale factors to the next
+    uint8_t* row[kLlMaxTopk];
+    uint8_t* sf[kLlMaxTopk];
+};
+static_assert(kLlMaxRanks <= kLlMaxTopk, "a token has as many slots at most");
+
+// The part of a row that a thread holds at once: 16 channels.
+struct Held {
+    Vec16 v[2];
+};
+
+// The same on its way out: 16 bytes of FP8 and the scale factor, or two vectors of bf16.
+template <bool kFp8>
+struct Outgoing {
+    Vec16 v[kFp8 ? 1 : 2];
+    uint32_t sf;
+};
+
+// FP8: 16 neighbouring channels, so that 8 lanes share a scale factor. Bf16: two vectors a block apart.
+template <bool kFp8>
+__device__ uint32_t held_index(uint32_t unit, uint32_t i) {
+    return kFp8 ? 2 * unit + i : unit + i * kLlThreads;
+}
+
+template <bool kFp8>
+__device__ __forceinline__ Held load_unit(const LlDispatchArgs& args, uint32_t token, uint32_t unit) {
+    const uint32_t num_vecs = args.common.shape.hidden / Bf16::kPerVec;
+    const Vec16* row = pointer<const Vec16>(args.x) + static_cast<uint64_t>(token) * num_vecs;
+    Held held;
+#pragma unroll
+    for (uint32_t i = 0; i < 2; ++i) {
+        const uint32_t index = held_index<kFp8>(unit, i);
+        if (index < num_vecs) held.v[i] = load_stream(row + index);
+    }
+    return held;
+}
+
+// The largest magnitude of 16 finite channels, two at a time.
+__device__ __forceinline__ float largest_bf16(const Vec16 (&v)[2]) {
+    uint32_t largest = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const uint32_t pair = v[i / 4].word[i % 4] & 0x7fff7fffu;
+        asm("max.bf16x2 %0, %0, %1;" : "+r"(largest) : "r"(pair));
+    }
+    return fmaxf(__uint_as_float(largest << 16), __uint_as_float(largest & 0xffff0000u));
+}
+
+constexpr uint32_t kLanesPerGroup = kGroupSize / 16;
+
+// By all lanes of a warp, some of which may hold nothing of the row.
+__device__ __forceinline__ void cast_unit(const LlDispatchArgs& args, const Held& held, Outgoing<true>& out) {
+    const uint32_t active = 0xffu << (lane_index() & ~(kLanesPerGroup - 1));
+    const float amax = __uint_as_float(lanes_max<kLanesPerGroup>(__float_as_uint(largest_bf16(held.v)), active));
+    const Fp8Scale scale = fp8_scale(amax, args.sf_format);
+    out.sf = args.sf_format == kSfUe8m0 ? scale.exponent : scale.sf;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        float x[8];
+        Bf16::unpack(held.v[i], x);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const uint32_t low = fp8_pair(x[4 * j] * scale.factor, x[4 * j + 1] * scale.factor);
+            out.v[0].word[2 * i + j] =
+                low | fp8_pair(x[4 * j + 2] * scale.factor, x[4 * j + 3] * scale.factor) << 16;
+        }
+    }
+}
+
+__device__ __forceinline__ void cast_unit(const LlDispatchArgs&, const Held& held, Outgoing<false>& out) {
+    out.v[0] = held.v[0];
+    out.v[1] = held.v[1];
+}
+
+__device__ __forceinline__ void store_unit(const LlDispatchArgs& args, const Outgoing<true>& out, uint32_t unit,
+                                           const Targets& to) {
+    const uint32_t group = unit / kLanesPerGroup;
+    const bool has_sf = lane_index() % kLanesPerGroup == 0, is_ue8m0 = args.sf_format == kSfUe8m0;
+    const uint32_t sf_at = is_ue8m0 ? group / 4 * to.sf_stride + group % 4 : group * to.sf_stride;
+    for (uint32_t d = 0; d < to.count; ++d) {
+        reinterpret_cast<Vec16*>(to.row[d])[unit] = out.v[0];
+        if (has_sf && is_ue8m0) to.sf[d][sf_at] = static_cast<uint8_t>(out.sf);
+        if (has_sf && !is_ue8m0) *reinterpret_cast<uint32_t*>(to.sf[d] + sf_at) = out.sf;
+    }
+}
+
+__device__ __forceinline__ void store_unit(const LlDispatchArgs& args, const Outgoing<false>& out, uint32_t unit,
+                                           const Targets& to) {
+    const uint32_t num_vecs = args.common.shape.hidden / Bf16::kPerVec;
+    const bool has_second = held_index<false>(unit, 1) < num_vecs;
+    for (uint32_t d = 0; d < to.count; ++d) {
+        Vec16* row = reinterpret_cast<Vec16*>(to.row[d]);
+        row[unit] = out.v[0];
+        if (has_second) row[held_index<false>(unit, 1)] = out.v[1];
+    }
+}
+
+// By the whole block: the rest of a row, `out` being a thread's first part of it.
+template <bool kFp8>
+__device__ __forceinline__ void store_row(const LlDispatchArgs& args, uint32_t token, Outgoing<kFp8> out,
+                                          const Targets& to) {
+    const uint32_t units = args.common.shape.hidden / (kFp8 ? 16 : 8), stride = kFp8 ? kLlThreads : 2 * kLlThreads;
+    for (uint32_t unit = threadIdx.x; unit < units; unit += stride) {
+        if (unit != threadIdx.x) cast_unit(args, load_unit<kFp8>(args, token, unit), out);
+        store_unit(args, out, unit, to);
+    }
+}
+
+}  // namespace deepep

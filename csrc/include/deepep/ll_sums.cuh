@@ -1,0 +1,199 @@
+// Sums of low-latency combine: which rows of a token count, with which weights, added up in the contract's order.
+#pragma once
+
+#include <deepep/ll_common.cuh>
+#include <deepep/quant.cuh>
+
+namespace deepep {
+
+constexpr uint32_t kTermsAtOnce = 2;  // rows of which a thread holds vectors at the same time
+constexpr uint32_t kVecsAtOnce = 2;   // vectors of each of them, a team apart
+
+// The rows that add up to one row, by top-k position, which positions count, and which there are at all: a rank whose
+// positions are all left out owes the home a row of zeros nevertheless.
+struct Terms {
+    uint32_t valid[2];
+    uint32_t owes[2];
+    int32_t row[kLlMaxTopk];
+    float weight[kLlMaxTopk];
+    __device__ uint64_t bits() const { return static_cast<uint64_t>(valid[1]) << 32 | valid[0]; }
+};
+
+// All threads of the team's first two warps call it: keep whether position k counts.
+__device__ __forceinline__ void set_valid(const Team& team, bool is_valid, Terms& terms) {
+    if (team.thread >= kLlMaxTopk) return;
+    const uint32_t bits = __ballot_sync(kFullMask, is_valid);
+    if (lane_index() == 0) terms.valid[team.thread / kWarpSize] = bits;
+}
+
+__device__ __forceinline__ uint32_t pop_position(uint64_t& bits) {
+    const uint32_t k = __ffsll(static_cast<long long>(bits)) - 1;
+    bits &= bits - 1;
+    return k;
+}
+
+// Two vectors of a row.
+struct Pair {
+    Vec16 v[kVecsAtOnce];
+};
+
+// Sum a pair of vectors of all terms in ascending position, in fp32. load(k, i) gives vector i of term k.
+template <bool kWeighted, typename Load>
+__device__ __forceinline__ Pair sum_terms(const Terms& terms, Load load) {
+    float sum[kVecsAtOnce][8] = {};
+    for (uint64_t left = terms.bits(); left != 0;) {
+        Pair held[kTermsAtOnce];
+        float weight[kTermsAtOnce];
+        uint32_t count = 0;
+#pragma unroll
+        for (uint32_t t = 0; t < kTermsAtOnce; ++t) {
+            if (left == 0) break;
+            const uint32_t k = pop_position(left);
+#pragma unroll
+            for (uint32_t i = 0; i < kVecsAtOnce; ++i) held[t].v[i] = load(k, i);
+            if constexpr (kWeighted) weight[t] = terms.weight[k];
+            count = t + 1;
+        }
+#pragma unroll
+        for (uint32_t t = 0; t < kTermsAtOnce; ++t) {
+            if (t >= count) break;
+#pragma unroll
+            for (uint32_t i = 0; i < kVecsAtOnce; ++i) {
+                float values[8];
+                Bf16::unpack(held[t].v[i], values);
+#pragma unroll
+                for (int c = 0; c < 8; ++c) {
+                    if constexpr (kWeighted) values[c] = weight[t] * values[c];
+                    sum[i][c] = sum[i][c] + values[c];
+                }
+            }
+        }
+    }
+    Pair out;
+#pragma unroll
+    for (uint32_t i = 0; i < kVecsAtOnce; ++i) out.v[i] = Bf16::pack(sum[i]);
+    return out;
+}
+
+// Where a thread's pairs of a row are; the last one may reach beyond the end, then it is the last vector again.
+struct Place {
+    uint32_t vec[kVecsAtOnce];
+    bool is_inside[kVecsAtOnce];
+    __device__ __forceinline__ Place(const Team& team, uint32_t base, uint32_t row_vecs) {
+#pragma unroll
+        for (uint32_t i = 0; i < kVecsAtOnce; ++i) {
+            const uint32_t at = base + i * team.threads + team.thread;
+            is_inside[i] = at < row_vecs;
+            vec[i] = min_of(at, row_vecs - 1);
+        }
+    }
+};
+
+// The sum of a token's rows here, weighted; every row of `terms` is one of x.
+__device__ __forceinline__ Pair sum_rows(const LlCombineArgs& args, const Terms& terms, const Place& place) {
+    const Vec16* x = pointer<const Vec16>(args.x);
+    const uint32_t row_vecs = args.common.shape.hidden / Bf16::kPerVec;
+    return sum_terms<true>(terms, [&](uint32_t k, uint32_t i) {
+        return load_stream(x + (terms.row[k] * row_vecs + place.vec[i]));
+    });
+}
+
+// Tell the owners of this rank's choices their weights, where dispatch did not.
+__device__ void send_weights(const LlCombineArgs& args, const LlCall& call) {
+    const LlShape& shape = args.common.shape;
+    const uint32_t num_choices = args.common.num_tokens * shape.num_topk;
+    for (uint32_t i = blockIdx.x * kLlThreads + threadIdx.x; i < num_choices; i += gridDim.x * kLlThreads) {
+        const int32_t expert = pointer<const int32_t>(args.common.home_topk)[i];
+        const uint32_t owner = expert / shape.num_local_experts;
+        if (expert < 0 || owner == shape.rank) continue;
+        const bool is_left_out = pointer<const int64_t>(args.topk_idx)[i] < 0;
+        const uint32_t weight = is_left_out ? kSkippedWeight : pointer<const uint32_t>(args.topk_weights)[i];
+        const uint64_t index = static_cast<uint64_t>(shape.rank) * shape.num_max_tokens * shape.num_topk + i;
+        if (!call.is_masked(owner)) call.signal(owner, args.common.window.weights, index, weight);
+    }
+}
+
+// Where the weights of one token come from.
+enum class Weights : uint32_t { kNone, kSentAhead, kSentNow, kOwn };
+
+__device__ __forceinline__ Weights weights_of(const LlCombineArgs& args, uint32_t source, uint32_t header) {
+    if (args.is_per_copy) return Weights::kNone;
+    if (source == args.common.shape.rank) return Weights::kOwn;
+    return header & kHasWeights ? Weights::kSentAhead : Weights::kSentNow;
+}
+
+// What one of a team's first threads knows of a choice; loaded without waiting for anything.
+struct Choice {
+    int32_t row = -1;
+    uint32_t weight = 0;     // as sent ahead, or of this rank's own token
+    int64_t left_out = 0;    // of this rank's own token: negative if it is
+};
+
+// Choice k of the token in slot `index` of all sources.
+__device__ __forceinline__ Choice load_choice(const LlCombineArgs& args, uint64_t index, uint32_t k, bool is_own) {
+    const LlShape& shape = args.common.shape;
+    Choice choice;
+    if (k >= shape.num_topk) return choice;
+    const uint64_t at = index * shape.num_topk + k;
+    choice.row = pointer<const int32_t>(args.common.routes)[at];
+    if (is_own) {
+        const uint64_t own = at - static_cast<uint64_t>(shape.rank) * shape.num_max_tokens * shape.num_topk;
+        choice.weight = pointer<const uint32_t>(args.topk_weights)[own];
+        choice.left_out = pointer<const int64_t>(args.topk_idx)[own];
+    } else {
+        choice.weight = pointer<const uint32_t>(args.common.route_weights)[at];
+    }
+    return choice;
+}
+
+// By the first threads of a team: list the rows here of one token of `source`, and their weights.
+__device__ void list_terms(const LlCombineArgs& args, const LlCall& call, const Team& team, uint32_t source,
+                           uint64_t index, Weights from, Choice choice, Terms& terms) {
+    const uint32_t k = team.thread;
+    if (k >= kLlMaxTopk) return;
+    if (from == Weights::kNone) choice.weight = 0;
+    if (from == Weights::kOwn && choice.left_out < 0) choice.weight = kSkippedWeight;
+    if (from == Weights::kSentNow && choice.row >= 0) {
+        const uint64_t* word = call.own_word(args.common.window.weights, index * args.common.shape.num_topk + k);
+        if (!call.wait<false>(source, word, choice.weight, true)) choice.weight = kSkippedWeight;
+    }
+    terms.row[k] = choice.row;
+    terms.weight[k] = __uint_as_float(choice.weight);
+    const uint32_t owes = __ballot_sync(kFullMask, choice.row >= 0);
+    if (lane_index() == 0) terms.owes[k / kWarpSize] = owes;
+    set_valid(team, choice.row >= 0 && choice.weight != kSkippedWeight, terms);
+}
+
+// By the 16 lanes of a group.
+__device__ __noinline__ Vec16 cast_logfmt(const Vec16 value) {
+    return logfmt::roundtrip(value, 0xffffu << (lane_index() & 16));
+}
+
+// Write a token's weighted sum to `out`: a slot of its home, or shared memory.
+__device__ void put_sum(const LlCombineArgs& args, const Team& team, const Terms& terms, Vec16* out) {
+    const uint32_t row_vecs = args.common.shape.hidden / Bf16::kPerVec;
+    for (uint32_t base = 0; base < row_vecs; base += kVecsAtOnce * team.threads) {
+        const Place place(team, base, row_vecs);
+        const Pair sum = sum_rows(args, terms, place);
+#pragma unroll
+        for (uint32_t i = 0; i < kVecsAtOnce; ++i) {
+            if (place.is_inside[i]) out[place.vec[i]] = args.use_logfmt ? cast_logfmt(sum.v[i]) : sum.v[i];
+        }
+    }
+}
+
+// `out` is the slot of position 0.
+__device__ void push_copies(const LlCombineArgs& args, const Team& team, const Terms& terms, Vec16* out) {
+    const uint32_t row_vecs = args.common.shape.hidden / Bf16::kPerVec;
+    for (uint64_t left = terms.bits(); left != 0;) {
+        const uint32_t k = pop_position(left);
+        const Vec16* in = pointer<const Vec16>(args.x) + static_cast<uint64_t>(terms.row[k]) * row_vecs;
+        for (uint32_t vec = team.thread; vec < row_vecs; vec += team.threads) {
+            Vec16 value = load_stream(in + vec);
+            if (args.use_logfmt) value = cast_logfmt(value);
+            out[static_cast<uint64_t>(k) * row_vecs + vec] = value;
+        }
+    }
+}
+
+}  // namespace deepep
