@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from deepep.bench import checks
 from deepep.bench.checks import Scene
 from deepep.bench.plan import EXPERT_ALIGNMENT

@@ -13,11 +13,11 @@ def plot(path: Path, title: str, rows: Sequence[Row]) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot as plt
 
     names = [f"{row.op}\n{row.routing}" + (f", {row.num_sms} SMs" if row.num_sms else "") for row in rows]
     places = list(range(len(rows)))
-    figure, axes = pyplot.subplots(figsize=(max(6.0, 1.1 * len(rows)), 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(max(6.0, 1.1 * len(rows)), 4.5), layout="constrained")
     axes.bar(places, [row.best_us / 1e3 for row in rows], width=0.6, color="tab:blue", label="deepep")
     for label, color, times in (
         ("bare all_to_all_single", "tab:orange", [row.bare_us for row in rows]),
@@ -31,4 +31,4 @@ def plot(path: Path, title: str, rows: Sequence[Row]) -> None:
     axes.set(ylabel="ms", title=title)
     axes.legend()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    plt.close(figure)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import platform
 import statistics
 import subprocess
@@ -104,21 +104,26 @@ def text(plan: Plan, reports: Sequence[RankReport], rows: Sequence[Row]) -> str:
     """Lay out everything measured for people."""
     first = reports[0]
     shared = f", {first.ranks_per_gpu} ranks per GPU" if first.ranks_per_gpu > 1 else ""
+    work = (
+        f"{plan.num_tokens} tokens x {plan.hidden} per rank, top-{plan.num_topk} of {plan.num_experts} experts, "
+        f"dispatch {plan.dtype}, median of {plan.num_iters} calls, slowest rank, ms; results checked"
+    )
     lines = [
         f"{len(reports)} ranks on {first.num_hosts} host(s), {first.device}{shared}, backend {first.backend}",
-        f"{plan.num_tokens} tokens x {plan.hidden} per rank, top-{plan.num_topk} of {plan.num_experts} experts, "
-        f"dispatch {plan.dtype}, median of {plan.num_iters} calls, slowest rank, ms; results checked",
-        *(f"memory of the {layout} buffer: {size / 2**20:.0f} MiB per rank" for layout, size in
-          first.window_bytes.items() if size),
+        work,
+    ]
+    for layout, size in first.window_bytes.items():
+        lines += [f"memory of the {layout} buffer: {size / 2**20:.0f} MiB per rank"] if size else []
+    lines += [
         "",
-        "operation               routing     SMs      wall    events    replay   kernels  remote MB    GB/s  floor x",
-    ]  # fmt: skip
-    for row in rows:
-        lines.append(
-            f"{row.op:22}  {row.routing:10}  {row.num_sms or 'auto':>3}  {_ms(row.wall_us)}  {_ms(row.events_us)}  "
-            f"{_ms(row.replay_us)}  {_ms(row.kernels_us)}  {row.remote_bytes / 1e6:9.1f}  "
-            f"{row.remote_bytes_per_second / 1e9:6.2f}  {_times(row.ratio_to_floor)}"
-        )
+        "operation               routing      SMs      wall    events    replay   kernels  remote MB    GB/s  floor x",
+    ]
+    lines += [
+        f"{row.op:22}  {row.routing:10}  {row.num_sms or 'auto':>4}  {_ms(row.wall_us)}  {_ms(row.events_us)}  "
+        f"{_ms(row.replay_us)}  {_ms(row.kernels_us)}  {row.remote_bytes / 1e6:9.2f}  "
+        f"{row.remote_bytes_per_second / 1e9:6.2f}  {_times(row.ratio_to_floor)}"
+        for row in rows
+    ]
     return "\n".join(lines + _comparison(rows))
 
 
@@ -154,12 +159,12 @@ def _comparison(rows: Sequence[Row]) -> list[str]:
     lines = [
         "",
         f"bare all_to_all_single calls ({measured[0].bare}) that move the same bytes, ms, and the ratio to them:",
-        "operation               routing     SMs   reused tensors         new tensors",
+        "operation               routing      SMs   reused tensors         new tensors",
     ]
     for row in measured:
         new = f"{_ms(row.bare_new_us)} {row.best_us / row.bare_new_us:6.2f}x" if row.bare_new_us else ""
         lines.append(
-            f"{row.op:22}  {row.routing:10}  {row.num_sms or 'auto':>3}  "
+            f"{row.op:22}  {row.routing:10}  {row.num_sms or 'auto':>4}  "
             f"{_ms(row.bare_us)} {row.best_us / (row.bare_us or 1.0):6.2f}x   {new}"
         )
     for name, (reused, new_ratio) in ratios(rows).items():
@@ -173,7 +178,7 @@ def as_json(plan: Plan, reports: Sequence[RankReport], rows: Sequence[Row]) -> d
     return {
         "deepep": __version__,
         "commit": _commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
