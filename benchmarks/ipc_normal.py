@@ -97,12 +97,17 @@ def _bench(group: Any, args: argparse.Namespace) -> dict[str, Any]:
         group, num_max_tokens_per_rank=args.tokens, hidden=args.hidden, num_topk=args.topk, explicitly_destroy=True,
         backend=args.backend, timeout=10,
     )  # fmt: skip
-    backend, expanding = buffer._backend, elastic._backend
+    backend: Any = buffer._backend
+    expanding: Any = elastic._backend
     config = deepep.Buffer.get_dispatch_config(num_ranks)
     config = type(config)(args.num_sms)
     layout = buffer.get_dispatch_layout(data["topk_idx"], args.experts)
-    counts = {"num_tokens_per_rank": layout[0], "num_tokens_per_expert": layout[2], "is_token_in_rank": layout[3]}
-    topk = {"topk_idx": data["topk_idx"], "topk_weights": data["weights"]}
+    counts: dict[str, Any] = {
+        "num_tokens_per_rank": layout[0],
+        "num_tokens_per_expert": layout[2],
+        "is_token_in_rank": layout[3],
+    }
+    topk: dict[str, Any] = {"topk_idx": data["topk_idx"], "topk_weights": data["weights"]}
     worst = num_ranks * args.tokens
 
     def compact(payload: Any, **more: Any) -> Any:
@@ -135,7 +140,7 @@ def _bench(group: Any, args: argparse.Namespace) -> dict[str, Any]:
         "combine bf16 expanded": (
             lambda: elastic.combine(spread_x, spread_handle, num_sms=args.num_sms),
             expanding,
-        ),  # fmt: skip
+        ),
     }
     if args.zero_copy:
         jobs["combine bf16 compact in window"] = (lambda: buffer.combine(inside, handle, config=config), backend)

@@ -37,6 +37,12 @@ __device__ void walk_tokens(const Operation& op, const DispatchArgs& args, uint3
                 is_used[half] = group.token < end && group.has_slot(half);
                 if (!is_used[half]) continue;
                 const uint64_t at = uint64_t{group.token} * args.num_slots + slot;
+                if (kChecksIndices && args.num_topk) {
+                    const int64_t chosen = pointer<const int64_t>(args.topk_idx)[at];
+                    if (chosen < -1 || chosen >= args.num_experts) {
+                        op.fail(kBadIndex, 0, op.window.rank, static_cast<uint32_t>(chosen), args.num_experts);
+                    }
+                }
                 pointer<int32_t>(args.dst_rank)[at] = here.records ? here.rank : -1;
                 pointer<int32_t>(args.dst_row)[at] = here.records ? static_cast<int>(here.in_rank) : -1;
                 entry[half] = (here.expert % num_local) << kPositionBits | here.in_expert;

@@ -37,6 +37,7 @@ class Code(enum.IntEnum):
     DISAGREE = 2
     OVERFLOW = 3
     REFUSED = 4
+    BAD_INDEX = 5
 
 
 def _u64(*names: str) -> list[tuple[str, type]]:
@@ -97,7 +98,7 @@ class CombineArgs(ctypes.Structure):
         *_u64("topk_idx", "dst_rank", "dst_row", "psum_ranks", "recv_src_token", "expanded_row"),
         *_u64("rows_offset", "weights_offset", "wait_stats"),
         ("header", ctypes.c_uint32 * NUM_AGREED),
-        *_u32("num_tokens", "num_slots", "num_topk", "num_local_experts", "num_compact_rows"),
+        *_u32("num_tokens", "num_slots", "num_topk", "num_local_experts"),
         *_u32("ring_rows", "weights_pitch", "is_in_window", "is_owner_only", "is_per_copy"),
         ("cut", Cut),
         ("copy_cut", Cut),

@@ -90,7 +90,6 @@ def _point_to_routing(args: CombineArgs, request: CombineRequest) -> None:
     args.dst_rank, args.dst_row = routing.dst_rank.data_ptr(), routing.dst_row.data_ptr()
     args.psum_ranks = routing.psum_num_recv_tokens_per_rank.data_ptr()
     args.recv_src_token = routing.recv_src_token.data_ptr()
-    args.num_compact_rows = routing.num_recv_tokens
     if routing.topk_idx is not None:
         args.topk_idx = routing.topk_idx.data_ptr()
     if routing.expanded_row is not None:

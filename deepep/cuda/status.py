@@ -107,6 +107,10 @@ class Status:
                 f"{op}: {theirs} rows arrive at rank {other}, which has room for {ours}; "
                 f"num_worst_tokens must be at least {theirs}"
             )
+        if code == Code.BAD_INDEX:
+            raise InvalidArgument(
+                f"{op}: index {theirs} is out of range; it must be below {ours} (found on the device)"
+            )
         first_rank, second_rank = sorted((self.rank, other))
         said = {self.rank: describe(field, ours), other: describe(field, theirs)}
         raise InvalidArgument(

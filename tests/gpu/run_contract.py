@@ -66,11 +66,15 @@ def run_faults(group: Any, check: str, case: str, target: Target) -> str:
     rank, num_ranks = group.rank(), group.size()
     if num_ranks < 2:
         return "needs 2 ranks"
-    buffer = deepep.Buffer(group, 8 << 20, explicitly_destroy=True, backend=target.backend, timeout=3.0)
+    buffer: Any = deepep.Buffer(group, 8 << 20, explicitly_destroy=True, backend=target.backend, timeout=3.0)
     x = torch.randn(40, 256, device="cuda").to(torch.bfloat16)
     idx = torch.stack([torch.randperm(4 * num_ranks)[:4] for _ in range(40)]).cuda()
     layout = buffer.get_dispatch_layout(idx, 4 * num_ranks)
-    known = {"num_tokens_per_rank": layout[0], "num_tokens_per_expert": layout[2], "is_token_in_rank": layout[3]}
+    known: dict[str, Any] = {
+        "num_tokens_per_rank": layout[0],
+        "num_tokens_per_expert": layout[2],
+        "is_token_in_rank": layout[3],
+    }
 
     def good() -> None:
         recv, *_, handle, _ = buffer.dispatch(x, topk_idx=idx, **known)
@@ -112,6 +116,50 @@ def run_faults(group: Any, check: str, case: str, target: Target) -> str:
     return ""
 
 
+def run_graph(group: Any, check: str, case: str, target: Target) -> str:
+    """A captured dispatch and combine follow their inputs: other tokens and routing give what eager calls give."""
+    import deepep
+
+    del check, case
+    rank, num_ranks = group.rank(), group.size()
+    num_tokens, num_experts = 50, 8 * num_ranks
+    buffer = deepep.Buffer(group, 8 << 20, explicitly_destroy=True, backend=target.backend, timeout=5.0)
+    generator = torch.Generator().manual_seed(rank)
+
+    def draw() -> tuple[torch.Tensor, torch.Tensor]:
+        odds = torch.rand(num_tokens, num_experts, generator=generator)
+        x = torch.randn(num_tokens, 512, generator=generator)
+        return x.to("cuda", torch.bfloat16), odds.topk(4, dim=1).indices.cuda()
+
+    x, idx = draw()
+    layout = buffer.get_dispatch_layout(idx, num_experts)
+    known: dict[str, Any] = {"num_tokens_per_expert": layout[2]}
+    worst = num_ranks * num_tokens
+
+    def both() -> tuple[torch.Tensor, ...]:
+        recv, recv_idx, _, _, handle, _ = buffer.dispatch(x, topk_idx=idx, num_worst_tokens=worst, **known)
+        return recv_idx, buffer.combine(recv, handle)[0]
+
+    both()
+    torch.cuda.synchronize()
+    torch.distributed.barrier()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both()
+    for _ in range(5):
+        for old, new in zip((x, idx), draw(), strict=True):
+            old.copy_(new)
+        torch.cuda.synchronize()
+        torch.distributed.barrier()
+        graph.replay()
+        replayed = [tensor.clone() for tensor in captured]
+        for got, want in zip(replayed, both(), strict=True):
+            assert torch.equal(got, want), f"rank {rank}: a replay differs from eager calls"
+    torch.cuda.synchronize()
+    buffer.destroy()
+    return ""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
@@ -134,11 +182,11 @@ def main() -> int:
 
 
 def _run_jobs(num_ranks: int, jobs: list[Any], target: Target, seconds: float, most_failures: int) -> int:
-    jobs = [*jobs, (run_faults, "faults", "")] if len(jobs) > 20 else jobs
+    jobs = [*jobs, (run_graph, "graph", ""), (run_faults, "faults", "")] if len(jobs) > 20 else jobs
     started, passed, failed, skipped = time.monotonic(), 0, 0, 0
     with launch.Workers(num_ranks, device="cuda") as workers:
         for run, check, case in jobs:
-            if (time.monotonic() - started > seconds or failed >= most_failures) and run is not run_faults:
+            if (time.monotonic() - started > seconds or failed >= most_failures) and run not in (run_faults, run_graph):
                 continue
             try:
                 reasons = workers.run(run, check, case, target, timeout=40.0)

@@ -45,7 +45,7 @@ def test_members_agree(name: str) -> None:
         ("kPassTokens", arguments.PASS_TOKENS),
         ("kHeaderWords", arguments.HEADER_WORDS),
         *((f"kHost{word.name.title()}", word.value) for word in arguments.HostWord),
-        *((f"k{'Ok' if code.name == 'OK' else code.name.title()}", code.value) for code in arguments.Code),
+        *(("k" + code.name.title().replace("_", ""), code.value) for code in arguments.Code),
     ],
 )
 def test_constants_agree(constant: str, value: int) -> None:

@@ -4,7 +4,14 @@
 
 #include <deepep/types.cuh>
 
+#ifndef DEEPEP_CHECK_INDICES
+#define DEEPEP_CHECK_INDICES 0
+#endif
+
 namespace deepep {
+
+// The debug switch: look at every index before it is used.
+constexpr bool kChecksIndices = DEEPEP_CHECK_INDICES != 0;
 
 constexpr int kMaxRanks = 64;
 constexpr int kMaxTopk = 64;
@@ -46,7 +53,7 @@ enum HostWord : int {
     kHostMissing = 8,
 };
 
-enum Code : uint32_t { kOk = 0, kTimeout = 1, kDisagree = 2, kOverflow = 3, kRefused = 4 };
+enum Code : uint32_t { kOk = 0, kTimeout = 1, kDisagree = 2, kOverflow = 3, kRefused = 4, kBadIndex = 5 };
 
 // Own state, at offset 0 of the window; peers never look at it.
 struct Control {
@@ -116,7 +123,7 @@ struct CombineArgs {
     uint64_t topk_idx, dst_rank, dst_row, psum_ranks, recv_src_token, expanded_row;
     uint64_t rows_offset, weights_offset, wait_stats;
     uint32_t header[kNumAgreed];
-    uint32_t num_tokens, num_slots, num_topk, num_local_experts, num_compact_rows;
+    uint32_t num_tokens, num_slots, num_topk, num_local_experts;
     uint32_t ring_rows, weights_pitch, is_in_window, is_owner_only, is_per_copy;
     Cut cut, copy_cut;  // of rows to add up, and of rows to stage
 };

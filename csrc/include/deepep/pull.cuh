@@ -54,6 +54,13 @@ struct Puller {
                 place[half] = entry == kNoEntry || args.is_cached ? entry : place_of(entry, from);
             }
         }
+        if constexpr (kChecksIndices) {
+            for (int half = 0; half < 2; ++half) {
+                if (place[half] == kNoEntry || place[half] < args.num_rows) continue;
+                op.fail(kBadIndex, 0, from, place[half], args.num_rows);
+                place[half] = kNoEntry;
+            }
+        }
     }
 
     __device__ uint32_t place_of(uint32_t entry, uint32_t from) const {
