@@ -72,6 +72,8 @@ class CudaClock:
 
     def replay(self, call: Call, num_iters: int) -> list[float]:
         """Time replays of a CUDA graph that holds the call."""
+        call()  # whatever it prepares on first use cannot be captured
+        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             kept = call()  # results must outlive the replays that write them

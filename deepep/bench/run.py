@@ -103,8 +103,9 @@ def _front(group: Group, plan: Plan, layout: str) -> Front:
     if layout == "padded":
         size = Buffer.get_low_latency_rdma_size_hint(plan.num_tokens, plan.hidden, group.num_ranks, plan.num_experts)
         return Buffer(group, num_rdma_bytes=size, low_latency_mode=True, backend=plan.backend)
-    row_bytes = plan.hidden * max(plan.combine_dtype.itemsize, 1)
-    return Buffer(group, num_nvl_bytes=2 * plan.num_tokens * row_bytes, backend=plan.backend)
+    # Room for all rows of a rank to travel at once.
+    row_bytes = plan.hidden * plan.combine_dtype.itemsize
+    return Buffer(group, num_nvl_bytes=4 * plan.num_tokens * row_bytes, backend=plan.backend)
 
 
 def _describe(report: RankReport, front: Front, layout: str, plan: Plan) -> None:
