@@ -38,8 +38,8 @@ extern "C" __global__ void __launch_bounds__(deepep::kLlThreads)
     __syncthreads();
     if (args.is_barrier) barrier(args, call);
     for (uint32_t bank = 0; bank < kLlBanks; ++bank) {
-        uint64_t* words =
-            reinterpret_cast<uint64_t*>(call.transport.local(args.words_offset + bank * args.common.window.bank_stride));
+        uint64_t* words = reinterpret_cast<uint64_t*>(
+            call.transport.local(args.words_offset + bank * args.common.window.bank_stride));
         for (uint64_t i = threadIdx.x; i < args.num_words; i += kLlThreads) words[i] = 0;
     }
     uint32_t* counters = reinterpret_cast<uint32_t*>(call.state);

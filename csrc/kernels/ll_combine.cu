@@ -1,6 +1,6 @@
 // Low-latency combine: the owner of a token's experts weighs and sums their rows, rounds once and pushes one row to the
-// token's home (or, per copy, pushes every row as it is); the home adds up what arrives in the contract's order, its own
-// rows straight from where they lie. Weights came with dispatch or, if not, are pushed to the owners first.
+// token's home (or, per copy, pushes every row as it is); the home adds up what arrives in the contract's order, its
+// own rows straight from where they lie. Weights came with dispatch or, if not, are pushed to the owners first.
 #include <deepep/ll_sums.cuh>
 
 namespace deepep {
@@ -57,8 +57,9 @@ __device__ void send(const LlCombineArgs& args, const LlCall& call, const Team& 
         team.sync();
         if ((terms.owes[0] | terms.owes[1]) == 0) continue;
         const uint64_t first = static_cast<uint64_t>(debt.token) * shape.num_slots;
-        Vec16* slots = reinterpret_cast<Vec16*>(
-            call.transport.peer_ptr(source, common.window.combine_slots + call.bank)) + first * row_vecs;
+        Vec16* slots =
+            reinterpret_cast<Vec16*>(call.transport.peer_ptr(source, common.window.combine_slots + call.bank)) +
+            first * row_vecs;
         if (args.is_per_copy) {
             push_copies(args, team, terms, slots);
         } else {
@@ -95,7 +96,8 @@ __device__ void await_terms(const LlCombineArgs& args, const LlCall& call, const
     if (is_valid && !(args.keeps_own && owner == static_cast<int32_t>(shape.rank))) {
         const uint64_t slot = static_cast<uint64_t>(token) * shape.num_slots + terms.row[k];
         uint32_t value;
-        is_valid = !call.is_masked(owner) && call.wait<true>(owner, call.own_word(args.common.window.arrived, slot), value);
+        is_valid =
+            !call.is_masked(owner) && call.wait<true>(owner, call.own_word(args.common.window.arrived, slot), value);
     }
     set_valid(team, is_valid, terms);
 }

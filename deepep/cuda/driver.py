@@ -58,11 +58,6 @@ def call(name: str, *args: Any) -> Any:
     return results[0] if len(results) == 1 else tuple(results)
 
 
-def current_device() -> int:
-    """Give the ordinal of the device whose context is current in this thread."""
-    return int(call("cuCtxGetDevice"))
-
-
 def device_attribute(attribute: str, device: int) -> int:
     """Read a device attribute by its driver name, e.g. `"CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT"`."""
     return int(call("cuDeviceGetAttribute", getattr(bindings().CUdevice_attribute, attribute), device))

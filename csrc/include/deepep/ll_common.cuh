@@ -179,7 +179,9 @@ struct LlCall {
 
     __device__ bool has_given_up(uint32_t rank, bool is_early = false) const {
         if (is_masked(rank)) return true;
-        if (global_timer_ns() < deadline - (is_early ? args.timeout_ns / 2 : 0) && *(volatile uint32_t*)&state->mask[rank] == 0) return false;
+        if (global_timer_ns() < deadline - (is_early ? args.timeout_ns / 2 : 0) &&
+            *(volatile uint32_t*)&state->mask[rank] == 0)
+            return false;
         lose(rank);
         return true;
     }
@@ -204,9 +206,7 @@ struct Team {
     __device__ explicit Team(uint32_t team_threads)
         : threads(team_threads), index(threadIdx.x / team_threads), thread(threadIdx.x % team_threads) {}
 
-    __device__ void sync() const {
-        asm volatile("bar.sync %0, %1;" ::"r"(index + 1), "r"(threads) : "memory");
-    }
+    __device__ void sync() const { asm volatile("bar.sync %0, %1;" ::"r"(index + 1), "r"(threads) : "memory"); }
     __device__ uint32_t global_index() const { return blockIdx.x * per_block() + index; }
     __device__ uint32_t per_block() const { return kLlThreads / threads; }
     __device__ uint32_t global_count() const { return gridDim.x * per_block(); }

@@ -31,8 +31,8 @@ struct Item {
     }
 };
 
-// By one thread of each team, while others wait for counts: learn whether the team's first token is there. Its source may
-// have fewer tokens, which only the header tells. Where there is other work (`may_leave`), look a few times only.
+// By one thread of each team, while others wait for counts: learn whether the team's first token is there. Its source
+// may have fewer tokens, which only the header tells. Where there is other work (`may_leave`), look a few times only.
 __device__ Presence look_for_first(const LlDispatchArgs& args, const LlCall& call, const Item& item, bool may_leave) {
     constexpr uint32_t kSpinsPerCheck = 64, kSpinsAtMost = 2;
     if (item.token >= args.common.shape.num_max_tokens || call.is_masked(item.source)) return Presence::kAbsent;
@@ -56,7 +56,8 @@ __device__ void await_counts(const LlDispatchArgs& args, const LlCall& call, uin
         const uint32_t rank = is_header ? i - shape.num_experts : i / shape.num_local_experts;
         const uint64_t offset = is_header ? args.common.window.headers : args.common.window.counts;
         uint32_t value = 0;
-        if (call.is_masked(rank) || !call.wait<false>(rank, call.own_word(offset, is_header ? rank : i), value)) value = 0;
+        if (call.is_masked(rank) || !call.wait<false>(rank, call.own_word(offset, is_header ? rank : i), value))
+            value = 0;
         (is_header ? from.header[rank] : table[i]) = value;
     }
 }
@@ -236,9 +237,10 @@ __device__ void receive(const LlDispatchArgs& args, const LlCall& call, const Ra
     const Team team(common.team_threads);
     if (team.thread == team.threads - 1) {
         listed[team.index][0].count = 0;
-        from.first[team.index] = sources.count == 0 ? Presence::kAbsent
-                                                    : look_for_first(args, call, Item(shape, sources, team.global_index()),
-                                                                     stays != nullptr);
+        from.first[team.index] =
+            sources.count == 0
+                ? Presence::kAbsent
+                : look_for_first(args, call, Item(shape, sources, team.global_index()), stays != nullptr);
     }
     if (threadIdx.x < kDirectTokens) kept[threadIdx.x].count = 0;
     await_counts(args, call, table, from);
@@ -270,8 +272,8 @@ __device__ void receive(const LlDispatchArgs& args, const LlCall& call, const Ra
         if (known == Presence::kUnknown) {
             if (team.thread == 0) {
                 uint32_t value = 0;
-                rows.is_present = call.wait<true>(item.source, call.own_word(common.window.present, item.slot), value) &&
-                                  value != 0;
+                rows.is_present =
+                    call.wait<true>(item.source, call.own_word(common.window.present, item.slot), value) && value != 0;
                 rows.count = 0;
             }
             team.sync();

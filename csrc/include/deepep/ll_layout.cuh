@@ -10,10 +10,10 @@ constexpr uint32_t kLlMaxTopk = 64;
 
 // One per rank, at the start of its window; only its owner looks at it. [2] is per operation, [2][2] per bank, too.
 struct LlState {
-    uint64_t starts[2];           // of sending launches, in shares: all blocks of a launch together add kLlStart
-    uint32_t read_epoch[2][2];    // which epoch was last received out of a bank
-    uint32_t num_readers[2][2];   // blocks that were to do so, since the window was cleaned
-    uint32_t num_read[2][2];      // blocks that have done so: once both agree, the bank is free
+    uint64_t starts[2];          // of sending launches, in shares: all blocks of a launch together add kLlStart
+    uint32_t read_epoch[2][2];   // which epoch was last received out of a bank
+    uint32_t num_readers[2][2];  // blocks that were to do so, since the window was cleaned
+    uint32_t num_read[2][2];     // blocks that have done so: once both agree, the bank is free
     uint32_t mask[kLlMaxRanks];
     uint64_t num_barriers;
     uint64_t last_barrier[kLlMaxRanks];  // what each rank's word was when the last barrier ended
@@ -29,19 +29,19 @@ static_assert(sizeof(LlState) <= 8 * kLlBarrierWord, "the state must end before 
 // Offsets of bank 0 inside every rank's window; bank 1 follows after bank_stride. Words are {epoch << 32 | value}.
 struct LlWindow {
     uint64_t state;
-    uint64_t headers;          // [R] from each source: number of its tokens, kHasWeights
-    uint64_t counts;           // [R, L] rows from each source for each local expert
-    uint64_t present;          // [R, M] per token of each source: 1 if it comes here, 0 if not
-    uint64_t dispatch_credits; // [R] that rank has read all that was dispatched to it in this epoch
-    uint64_t arrived;          // [M, S] per own token and term: its row is here
-    uint64_t weights;          // [R, M * K] per token of each source and choice: bits of the weight
-    uint64_t combine_credits;  // [R]
-    uint64_t dispatch_slots;   // [R, M] payload, scale factors, then K of LlChoice
-    uint64_t combine_slots;    // [M, S] rows
+    uint64_t headers;           // [R] from each source: number of its tokens, kHasWeights
+    uint64_t counts;            // [R, L] rows from each source for each local expert
+    uint64_t present;           // [R, M] per token of each source: 1 if it comes here, 0 if not
+    uint64_t dispatch_credits;  // [R] that rank has read all that was dispatched to it in this epoch
+    uint64_t arrived;           // [M, S] per own token and term: its row is here
+    uint64_t weights;           // [R, M * K] per token of each source and choice: bits of the weight
+    uint64_t combine_credits;   // [R]
+    uint64_t dispatch_slots;    // [R, M] payload, scale factors, then K of LlChoice
+    uint64_t combine_slots;     // [M, S] rows
     uint64_t bank_stride;
 };
 
-constexpr uint32_t kHasWeights = 1u << 31;     // in a header: the choices carry weights
+constexpr uint32_t kHasWeights = 1u << 31;        // in a header: the choices carry weights
 constexpr uint32_t kSkippedWeight = 0xffffffffu;  // in place of a weight: leave this choice out
 
 // What a token tells its receiver of one of its choices.
@@ -64,22 +64,22 @@ enum LlPhase : uint32_t { kLlSend = 1, kLlRecv = 2 };
 
 struct LlCommon {
     uint64_t peer_table;
-    uint64_t own_base;    // of this rank's window
-    uint64_t status;      // pinned: [0] op that gave up (kLlOp + 1), [1 + r] rank r was not heard from
+    uint64_t own_base;  // of this rank's window
+    uint64_t status;    // pinned: [0] op that gave up (kLlOp + 1), [1 + r] rank r was not heard from
     uint64_t timeout_ns;
     LlWindow window;
     LlShape shape;
     uint32_t phases;
-    uint32_t num_tokens;    // T of this rank
-    uint32_t team_threads;  // threads that work on one row together: a power of two, whole warps
-    uint32_t is_shrinkable; // a rank that does not arrive is masked instead of reported
-    uint64_t wait_stats;    // [R] int64 microseconds, or null
+    uint32_t num_tokens;     // T of this rank
+    uint32_t team_threads;   // threads that work on one row together: a power of two, whole warps
+    uint32_t is_shrinkable;  // a rank that does not arrive is masked instead of reported
+    uint64_t wait_stats;     // [R] int64 microseconds, or null
     // Of one dispatch, for its second phase and its combines.
-    uint64_t call_epoch;  // [1]
-    uint64_t sources;     // [R] headers as they came
-    uint64_t home_topk;   // [T, K] int32 experts as dispatched
-    uint64_t routes;      // [R * M, K] int32 padded row of each choice, -1 elsewhere
-    uint64_t route_weights; // [R * M, K] float32
+    uint64_t call_epoch;     // [1]
+    uint64_t sources;        // [R] headers as they came
+    uint64_t home_topk;      // [T, K] int32 experts as dispatched
+    uint64_t routes;         // [R * M, K] int32 padded row of each choice, -1 elsewhere
+    uint64_t route_weights;  // [R * M, K] float32
 };
 
 struct LlDispatchArgs {
@@ -99,22 +99,22 @@ struct LlDispatchArgs {
 
 struct LlCombineArgs {
     LlCommon common;
-    uint64_t x;             // [L, R * M, H] bf16
-    uint64_t topk_idx;      // [T, K] int64, -1 leaves a choice out
-    uint64_t topk_weights;  // [T, K] float32
-    uint64_t out;           // [T, H] bf16
-    uint64_t combine_epoch; // [1] of this combine, for its second phase
+    uint64_t x;              // [L, R * M, H] bf16
+    uint64_t topk_idx;       // [T, K] int64, -1 leaves a choice out
+    uint64_t topk_weights;   // [T, K] float32
+    uint64_t out;            // [T, H] bf16
+    uint64_t combine_epoch;  // [1] of this combine, for its second phase
     uint32_t is_per_copy;
     uint32_t use_logfmt;
     uint32_t has_sent_weights;  // this rank's dispatch carried the weights
-    uint32_t keeps_own;         // sums of its own tokens stay in shared memory, [team, H]; else they go through the window
+    uint32_t keeps_own;  // sums of its own tokens stay in shared memory, [team, H]; else they go through the window
 };
 
 struct LlCleanArgs {
     LlCommon common;
     uint64_t words_offset;  // of all words of bank 0
     uint64_t num_words;
-    uint32_t is_barrier;    // wait for the other ranks before and after
+    uint32_t is_barrier;  // wait for the other ranks before and after
     uint32_t pad;
 };
 

@@ -43,7 +43,8 @@ __device__ void publish_counts(const LlDispatchArgs& args, const LlCall& call, c
     const LlShape& shape = args.common.shape;
     for (uint32_t i = threadIdx.x; i < shape.num_experts; i += kLlThreads) {
         const uint32_t owner = i / shape.num_local_experts;
-        const uint64_t index = static_cast<uint64_t>(shape.rank) * shape.num_local_experts + i % shape.num_local_experts;
+        const uint64_t index =
+            static_cast<uint64_t>(shape.rank) * shape.num_local_experts + i % shape.num_local_experts;
         if (!call.is_masked(owner)) call.signal(owner, args.common.window.counts, index, table[i]);
     }
     for (uint32_t rank = threadIdx.x; rank < shape.num_ranks; rank += kLlThreads) {
@@ -168,8 +169,8 @@ __device__ void signal_tokens(const LlDispatchArgs& args, const LlCall& call, ui
 // `table` holds how often the tokens before the range choose each expert; `held` and `choices` are of the first token.
 // With `stays` [.., K] the choices of this rank's own experts are left to receive(). Returns the last token's part.
 template <bool kFp8>
-__device__ Outgoing<kFp8> send(const LlDispatchArgs& args, const LlCall& call, const Range& range, Held held, Choices choices,
-                     uint32_t* table, Stay (*stays)[kLlMaxTopk]) {
+__device__ Outgoing<kFp8> send(const LlDispatchArgs& args, const LlCall& call, const Range& range, Held held,
+                               Choices choices, uint32_t* table, Stay (*stays)[kLlMaxTopk]) {
     __shared__ Targets to[2];
     __shared__ uint64_t sent_to[kTokensPerFence];
     Outgoing<kFp8> out;

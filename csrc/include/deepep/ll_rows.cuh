@@ -1,4 +1,5 @@
-// Rows of low-latency dispatch on their way out of a block: loaded, cast to FP8 where asked for, stored to several places.
+// Rows of low-latency dispatch on their way out of a block: loaded, cast to FP8 where asked for, stored to several
+// places.
 #pragma once
 
 #include <deepep/ll_common.cuh>
@@ -6,9 +7,10 @@
 
 namespace deepep {
 
-constexpr uint32_t kTokensPerFence = 4;  // tokens a block sends before it says that they are there
+constexpr uint32_t kTokensPerFence = 4;                   // tokens a block sends before it says that they are there
 constexpr int kAddressWarp = kLlThreads / kWarpSize - 1;  // the one with the least of a row to cast
-constexpr uint32_t kDirectTokens = 4;    // tokens a block has at most, where rows that stay here skip the window
+constexpr uint32_t kDirectTokens = 4;      // tokens a block has at most, where rows that stay here skip the window
+constexpr uint32_t kDirectMinTokens = 33;  // tokens the rank has at least there
 
 // Where a row goes: slots of several ranks, or rows of several local experts.
 struct Targets {
@@ -77,8 +79,7 @@ __device__ __forceinline__ void cast_unit(const LlDispatchArgs& args, const Held
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
             const uint32_t low = fp8_pair(x[4 * j] * scale.factor, x[4 * j + 1] * scale.factor);
-            out.v[0].word[2 * i + j] =
-                low | fp8_pair(x[4 * j + 2] * scale.factor, x[4 * j + 3] * scale.factor) << 16;
+            out.v[0].word[2 * i + j] = low | fp8_pair(x[4 * j + 2] * scale.factor, x[4 * j + 3] * scale.factor) << 16;
         }
     }
 }

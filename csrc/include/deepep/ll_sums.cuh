@@ -93,9 +93,8 @@ struct Place {
 __device__ __forceinline__ Pair sum_rows(const LlCombineArgs& args, const Terms& terms, const Place& place) {
     const Vec16* x = pointer<const Vec16>(args.x);
     const uint32_t row_vecs = args.common.shape.hidden / Bf16::kPerVec;
-    return sum_terms<true>(terms, [&](uint32_t k, uint32_t i) {
-        return load_stream(x + (terms.row[k] * row_vecs + place.vec[i]));
-    });
+    return sum_terms<true>(
+        terms, [&](uint32_t k, uint32_t i) { return load_stream(x + (terms.row[k] * row_vecs + place.vec[i])); });
 }
 
 // Tell the owners of this rank's choices their weights, where dispatch did not.
@@ -125,8 +124,8 @@ __device__ __forceinline__ Weights weights_of(const LlCombineArgs& args, uint32_
 // What one of a team's first threads knows of a choice; loaded without waiting for anything.
 struct Choice {
     int32_t row = -1;
-    uint32_t weight = 0;     // as sent ahead, or of this rank's own token
-    int64_t left_out = 0;    // of this rank's own token: negative if it is
+    uint32_t weight = 0;   // as sent ahead, or of this rank's own token
+    int64_t left_out = 0;  // of this rank's own token: negative if it is
 };
 
 // Choice k of the token in slot `index` of all sources.

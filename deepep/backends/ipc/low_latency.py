@@ -136,10 +136,6 @@ class LowLatency:
         self._memory.close()
         self._status.close()
 
-    def retire(self) -> None:
-        """What a destructor may do: no CUDA call."""
-        self._memory.retire()
-
     def _mask(self) -> torch.Tensor:
         return self._memory.as_tensor(LlState.mask.offset, (self._group.num_ranks,), torch.int32)
 

@@ -1,0 +1,123 @@
+"""The host side of the CUDA backends, as far as it needs no GPU: sources, the kernel cache, waits, the command line."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from deepep import env
+from deepep.cuda import compile_cli, jit, launch, sources
+from deepep.cuda.kernels import kernel_specs
+from deepep.cuda.ll_structs import CLEAN
+from deepep.errors import BackendUnavailable, InvalidArgument
+
+
+def has_nvrtc() -> bool:
+    try:
+        return bool(jit.nvrtc_version())
+    except BackendUnavailable:
+        return False
+
+
+needs_nvrtc = pytest.mark.skipif(not has_nvrtc(), reason="needs cuda-bindings and NVRTC")
+_RUNTIMES = [pytest.param(launch._SlowRuntime(), id="slow")]
+if importlib.util.find_spec("deepep._runtime") is not None:
+    _RUNTIMES.append(pytest.param(launch.runtime(), id="compiled"))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DEEPEP_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def test_hash_follows_includes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("include/deepep", "kernels", "transports"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "transports/p2p.cuh").write_text("")
+    (tmp_path / "kernels/one.cu").write_text("#include <deepep/far.cuh>\n")
+    (tmp_path / "include/deepep/far.cuh").write_text('#include "near.cuh"\n#include <not_ours.h>\n')
+    near = tmp_path / "include/deepep/near.cuh"
+    near.write_text("int x;")
+    monkeypatch.setattr(sources, "source_root", lambda: tmp_path)
+    before = sources.content_hash("kernels/one.cu", "p2p")
+    assert sources.content_hash("kernels/one.cu", "p2p") == before
+    near.write_text("int y;")
+    assert sources.content_hash("kernels/one.cu", "p2p") != before
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(InvalidArgument, match=r"kernels/none\.cu"):
+        sources.source_path("kernels/none.cu")
+    with pytest.raises(InvalidArgument, match="p2p"):
+        sources.transport_header("carrier_pigeon")
+
+
+@needs_nvrtc
+def test_a_kernel_is_compiled_once(cache: Path) -> None:
+    first, second = jit.compile_kernel(CLEAN, "sm_90"), jit.compile_kernel(CLEAN, "sm_90")
+    assert (first.was_cached, second.was_cached) == (False, True)
+    assert first.path.parent == cache == env.cache_dir()
+    assert first.path.stat().st_size == first.num_bytes > 0
+    assert [path.name for path in cache.iterdir()] == [first.path.name]  # no temporary file stays
+
+
+@needs_nvrtc
+def test_the_cache_knows_architectures_and_defines(cache: Path) -> None:
+    other = jit.KernelSpec(CLEAN.name, CLEAN.source, defines=(("X", 1),))
+    paths = {jit.cache_path(CLEAN, "sm_90"), jit.cache_path(CLEAN, "sm_80"), jit.cache_path(other, "sm_90")}
+    assert len(paths) == 3
+    assert {path.parent for path in paths} == {cache}
+
+
+@needs_nvrtc
+@pytest.mark.usefixtures("cache")
+def test_failures_say_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendUnavailable, match="sm_1"):
+        jit.compile_kernel(CLEAN, "sm_1")
+    for folder in ("include/deepep", "kernels", "transports"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "transports/p2p.cuh").write_text("")
+    (tmp_path / "kernels/broken.cu").write_text('extern "C" __global__ void f() { nonsense; }\n')
+    monkeypatch.setattr(sources, "source_root", lambda: tmp_path)
+    with pytest.raises(jit.CompileError, match="nonsense"):
+        jit.compile_kernel(jit.KernelSpec("f", "kernels/broken.cu"), "sm_90")
+
+
+@needs_nvrtc
+@pytest.mark.usefixtures("cache")
+def test_command_line_compiles_every_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert compile_cli.main(["--arch", "sm_90"]) == 0
+    printed = capsys.readouterr().out
+    assert all(spec.source in printed for spec in kernel_specs())
+    assert compile_cli.main(["--arch", "sm_90"]) == 0
+    assert "compiled" not in capsys.readouterr().out
+    assert compile_cli.main(["--arch", "sm_1"]) == 1
+
+
+@pytest.mark.parametrize("runtime", _RUNTIMES)
+def test_a_wait_ends_with_its_word_or_its_time(runtime: launch.Runtime) -> None:
+    word = ctypes.c_uint64(5)
+    assert runtime.wait_word(ctypes.addressof(word), 5, 0.0)
+    started = time.monotonic()
+    assert not runtime.wait_word(ctypes.addressof(word), 6, 0.1)
+    assert 0.1 <= time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("runtime", _RUNTIMES)
+def test_a_wait_lets_other_threads_run(runtime: launch.Runtime) -> None:
+    word = ctypes.c_uint64(0)
+
+    def write() -> None:
+        time.sleep(0.02)
+        word.value = 2**40 + 7
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    assert runtime.wait_word(ctypes.addressof(word), 2**40 + 7, 10.0)
+    thread.join()

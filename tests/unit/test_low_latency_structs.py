@@ -1,0 +1,88 @@
+"""The structs of `ll_layout.cuh` agree with their twins in Python, and the window is divided without overlap."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+
+import pytest
+
+from deepep.cuda import ll_structs
+from deepep.cuda.ll_structs import Shape, divide
+from deepep.cuda.sources import source_root
+
+_TYPES = {"uint64_t": ctypes.c_uint64, "uint32_t": ctypes.c_uint32}
+_HEADER = (source_root() / "include" / "deepep" / "ll_layout.cuh").read_text()
+
+
+def members_in_header(name: str) -> list[tuple[str, object]]:
+    body = re.search(rf"struct {name} \{{(.*?)\n\}};", _HEADER, re.DOTALL)
+    assert body is not None
+    found: list[tuple[str, object]] = []
+    for line in filter(None, (part.strip() for part in re.sub(r"//[^\n]*", "", body.group(1)).split(";"))):
+        kind, names = line.split(None, 1)
+        found += [(item.strip(), _TYPES.get(kind) or getattr(ll_structs, kind)) for item in names.split(",")]
+    return found
+
+
+@pytest.mark.parametrize("name", ["LlWindow", "LlShape", "LlCommon", "LlDispatchArgs", "LlCombineArgs", "LlCleanArgs"])
+def test_members_agree(name: str) -> None:
+    assert members_in_header(name) == [(field[0], field[1]) for field in getattr(ll_structs, name)._fields_]
+
+
+def test_the_mask_is_where_kernels_keep_it() -> None:
+    body = re.search(r"struct LlState \{(.*?)uint32_t mask", _HEADER, re.DOTALL)
+    assert body is not None
+    assert re.findall(r"(uint\d\d)_t (\w+)((?:\[2\])+)", body.group(1)) == [
+        ("uint64", "starts", "[2]"),
+        ("uint32", "read_epoch", "[2][2]"),
+        ("uint32", "num_readers", "[2][2]"),
+        ("uint32", "num_read", "[2][2]"),
+    ]
+    assert ll_structs.LlState.mask.offset == 2 * 8 + 3 * 4 * 4
+
+
+@pytest.mark.parametrize(("constant", "value"), [("kLlMaxRanks", 64), ("kLlMaxTopk", 64)])
+def test_limits_agree(constant: str, value: int) -> None:
+    found = re.search(rf"\b{constant} = (\d+)", _HEADER)
+    assert found is not None
+    assert int(found.group(1)) == value == ll_structs.MAX_RANKS == ll_structs.MAX_TOPK
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(1, 4, 1, 1, 8),
+        Shape(2, 256, 8, 128, 7168),
+        Shape(3, 9, 64, 5, 2880),
+        Shape(8, 64, 8, 17, 128, per_copy=True),
+        Shape(2, 8, 8, 17, 128, per_copy=True),
+    ],
+)
+def test_arrays_follow_each_other_without_overlap(shape: Shape) -> None:
+    division, ranks, tokens = divide(shape), shape.num_ranks, shape.num_max_tokens
+    sizes = {
+        "headers": 8 * ranks,
+        "counts": 8 * shape.num_experts,
+        "present": 8 * ranks * tokens,
+        "dispatch_credits": 8 * ranks,
+        "arrived": 8 * tokens * shape.num_slots,
+        "weights": 8 * ranks * tokens * shape.num_topk,
+        "combine_credits": 8 * ranks,
+        "dispatch_slots": ranks * tokens * shape.slot_bytes,
+        "combine_slots": tokens * shape.num_slots * 2 * shape.hidden,
+    }
+    end = division.words_offset
+    for name, size in sizes.items():
+        start = getattr(division.window, name)
+        assert start >= end
+        assert start % 128 == 0
+        end = start + size
+    assert division.words_offset + division.window.bank_stride >= end
+    assert division.words_offset + 8 * division.num_words == division.window.dispatch_slots
+    assert division.num_bytes == division.words_offset + ll_structs.NUM_BANKS * division.window.bank_stride
+    assert shape.slot_bytes >= 2 * shape.hidden + 16 * shape.num_topk
+
+
+def test_a_large_decode_window_is_under_100_mb() -> None:
+    assert divide(Shape(8, 288, 8, 128, 7168)).num_bytes < 100e6
