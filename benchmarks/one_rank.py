@@ -41,7 +41,7 @@ def main() -> None:
     for _ in range(args.repeats):
         for do_expand in (False, True):
             for payload in (fp8, x):
-                got = buffer.dispatch(
+                got: Any = buffer.dispatch(
                     payload, topk_idx=topk_idx, num_experts=experts, expert_alignment=128, do_expand=do_expand,
                     num_sms=args.num_sms,
                 )  # fmt: skip

@@ -159,6 +159,7 @@ struct BatchCopies {
         job.sf_from = nullptr;
         return true;
     }
+    __device__ bool waits(const CopyJob& job) const { return job.number + job.num_rows > args.ring_rows; }
     __device__ void begin(const CopyJob& job) const {
         const Batch batch = batch_of(job);
         if (lane_index() < job.num_rows) ring.reclaim(batch, batch.begin + lane_index());

@@ -81,8 +81,8 @@ struct CopyJob {
 
 // One warp copies jobs until there are none. Loads run ahead into the next job, and a job is published when the stores
 // of the next one are on their way: nothing ever drains.
-// Provider: bool load(CopyJob&); void begin(const CopyJob&), before the first store; void publish(const CopyJob&), after
-// the last one is complete, in lane 0.
+// Provider: bool load(CopyJob&); bool waits(const CopyJob&): whether begin may have to wait for other ranks;
+//           void begin(const CopyJob&), before the first store; void publish(const CopyJob&), after the last one is done.
 template <typename Provider>
 struct Copier {
     WarpPipe& pipe;
@@ -112,6 +112,12 @@ struct Copier {
         provider.publish(job);
     }
 
+    __device__ void finish(CopyJob& job) {
+        if (lane_index() == 0) bulk_wait_done();
+        publish(job);
+        job.is_valid = false;
+    }
+
     __device__ void run() {
         CopyJob current, next, finished;
         finished.is_valid = false;
@@ -133,6 +139,10 @@ struct Copier {
             };
             if constexpr (kHasBulkCopies) {
                 fill();
+                // Others may need the last job before they give this one its space.
+                if (finished.is_valid && provider.waits(current)) {
+                    finish(finished);
+                }
                 provider.begin(current);
                 for (uint32_t item = 0; item < total; ++item) {
                     const uint8_t* held = pipe.front();
@@ -153,10 +163,7 @@ struct Copier {
                         finished.is_valid = false;
                     }
                 }
-                if (finished.is_valid) {
-                    if (lane_index() == 0) bulk_wait_done();
-                    publish(finished);
-                }
+                if (finished.is_valid) finish(finished);
                 finished = current;
                 ahead -= total;
             } else {
@@ -170,10 +177,7 @@ struct Copier {
             }
             current = next;
         }
-        if (finished.is_valid) {
-            if (lane_index() == 0) bulk_wait_done();
-            publish(finished);
-        }
+        if (finished.is_valid) finish(finished);
     }
 };
 

@@ -51,6 +51,8 @@ struct ChunkCopies {
         __syncwarp();
     }
 
+    __device__ bool waits(const CopyJob& job) const { return job.number * kFlagRows >= args.ring_rows; }
+
     __device__ void begin(const CopyJob& job) const {
         wait_lap(job.number);
         if (args.num_sf != 0 && !args.sf_is_bulk) copy_sf(job.number);
