@@ -13,11 +13,8 @@ __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table) {
     const uint64_t credits = common.window.dispatch_credits;
     const Range range(common.num_tokens);
     const bool is_sending = (common.phases & kLlSend) != 0, is_receiving = (common.phases & kLlRecv) != 0;
-    // Rows that stay skip the window where one launch does everything, blocks can remember their tokens, and there are
-    // enough of them: with 1 and 8 tokens on two ranks the detour is faster (7.7 and 8.0 us against 9.3; H200), since
-    // all rows are then laid out at once; with 128 the direct way is (13.9 us against 14.6).
-    const bool is_direct =
-        is_sending && is_receiving && range.per_block <= kDirectTokens && common.num_tokens >= kDirectMinTokens;
+    // Rows that stay skip the window where one launch does everything and blocks can remember their tokens.
+    const bool is_direct = is_sending && is_receiving && range.per_block <= kDirectTokens;
     Outgoing<kFp8> last;
     if (is_sending) {
         const uint32_t num_scanned = (range.is_publisher ? common.num_tokens : range.begin) * common.shape.num_topk;
