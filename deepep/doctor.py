@@ -28,11 +28,15 @@ from deepep.version import __version__
 
 _PACKAGES = ("numpy", "mpi4py", "cuda-core", "cuda-bindings", "cupy-cuda13x", "cupy-cuda12x", "nvshmem4py-cu13")
 _COMMAND_TIMEOUT = 20.0
+_DESCRIPTION = (
+    "Say what works here: versions, GPUs and the links between them, and which backends can run, with the remedy for "
+    "each that cannot. Started by torchrun or mpirun it also says which ranks share a host and a GPU."
+)
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Print the report on the first rank; returns the exit status: 0, or 1 if no backend can run."""
-    parser = argparse.ArgumentParser(prog="python -m deepep doctor", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m deepep doctor", description=_DESCRIPTION)
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     chosen = parser.parse_args(args)
     try:

@@ -45,8 +45,10 @@ def run_on_ranks(
         What every rank returned, in rank order; None on the other ranks of a launcher.
 
     Raises:
-        InvalidArgument: `num_ranks` is not what the launcher started, or CUDA is asked for and not there.
+        InvalidArgument: `num_ranks` is below 1 or not what the launcher started, or CUDA is asked for and not there.
     """
+    if num_ranks is not None and num_ranks < 1:
+        raise InvalidArgument(f"num_ranks is {num_ranks}; it must be at least 1")
     if device == "cuda" and not torch.cuda.is_available():
         raise InvalidArgument("device is 'cuda' and torch sees no GPU here; leave it out to work on the CPU")
     kind = launcher()

@@ -87,6 +87,15 @@ def requested(backend: str | None) -> str:
     return backend or env.backend() or "auto"
 
 
+def requested_on(device: str, backend: str | None) -> str:
+    """Resolve what the user asked for, where it is known that tensors will be on `device` ("cpu" or "cuda").
+
+    "auto" judges by the machine alone: where there are GPUs, it would choose a backend that refuses tensors on the CPU.
+    """
+    name = requested(backend)
+    return "reference" if name == "auto" and device == "cpu" else name
+
+
 def select(backend: str, topology: Topology, *, on_cuda: bool) -> type[Backend]:
     """Choose a backend for a group.
 

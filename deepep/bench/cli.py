@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from deepep import ranks
+from deepep import cli, ranks
 from deepep.bench.plan import DTYPES, ROUTINGS, Plan
-from deepep.errors import DeepEPError
+from deepep.errors import InvalidArgument
 
 # A GPU gives steady times fast; a CPU call of full size takes seconds.
 _NUM_ITERS = {"cpu": 7, "cuda": 30}
@@ -21,14 +19,7 @@ _NUM_TOKENS = {False: {"cpu": 512, "cuda": 4096}, True: {"cpu": 128, "cuda": 128
 def main(args: Sequence[str] | None = None) -> int:
     """Run the bench; returns the exit status: 0, or 2 if it could not run or a result was wrong."""
     chosen = _parser().parse_args(args)
-    if chosen.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        print("--plot needs matplotlib: pip install 'deepep[demo]'", file=sys.stderr)
-        return 2
-    try:
-        return _run(chosen)
-    except DeepEPError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    return cli.exit_status(lambda: _run(chosen), {} if chosen.plot is None else {"matplotlib": "matplotlib"})
 
 
 def _run(chosen: argparse.Namespace) -> int:
@@ -53,19 +44,24 @@ def _run(chosen: argparse.Namespace) -> int:
 
 
 def _plan(chosen: argparse.Namespace) -> Plan:
-    layouts = ("padded",) if chosen.low_latency else tuple(chosen.layout)
+    if chosen.low_latency:
+        for name in ("layout", "dtype", "num_sms"):
+            if getattr(chosen, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise InvalidArgument(f"{option} does not go with --low-latency, which has one layout, dtype and grid")
+    num_tokens, num_iters = chosen.num_tokens, chosen.num_iters
     return Plan(
         backend=chosen.backend,
         device=chosen.device,
-        num_tokens=chosen.num_tokens or _NUM_TOKENS[chosen.low_latency][chosen.device],
+        num_tokens=_NUM_TOKENS[chosen.low_latency][chosen.device] if num_tokens is None else num_tokens,
         hidden=chosen.hidden,
         num_topk=chosen.num_topk,
         num_experts=chosen.num_experts,
-        dtype="bf16" if chosen.low_latency else chosen.dtype,
-        layouts=layouts,
+        dtype=chosen.dtype or "bf16",
+        layouts=("padded",) if chosen.low_latency else tuple(chosen.layout or ["compact"]),
         routings=tuple(chosen.routing),
-        num_sms=tuple(chosen.num_sms),
-        num_iters=chosen.num_iters or _NUM_ITERS[chosen.device],
+        num_sms=tuple(chosen.num_sms or [0]),
+        num_iters=_NUM_ITERS[chosen.device] if num_iters is None else num_iters,
         seed=chosen.seed,
     )
 
@@ -73,26 +69,28 @@ def _plan(chosen: argparse.Namespace) -> Plan:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m deepep bench",
-        description="Measure whole operations: slowest rank, median, random inputs, the very results that were timed "
-        "checked. Started by torchrun or mpirun it uses their processes as ranks; otherwise it starts local ones.",
+        description="Measure whole operations on random inputs: median over calls, slowest rank, and the very results "
+        f"that were timed are checked. {cli.WHERE_RANKS_COME_FROM}",
     )
-    parser.add_argument("--backend", default="auto", help="auto, reference, ipc, ... (default auto)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where tensors live (default cpu)")
-    parser.add_argument("--num-ranks", type=int, help=f"processes to start (default {ranks.DEFAULT_NUM_RANKS})")
-    parser.add_argument("--num-tokens", type=int, help="per rank (default 512 on CPU, 4096 on CUDA; low latency 128)")
-    parser.add_argument("--hidden", type=int, default=7168, help="channels of a row (default %(default)s)")
-    parser.add_argument("--num-topk", type=int, default=8, help="experts per token (default %(default)s)")
-    parser.add_argument("--num-experts", type=int, default=256, help="of all ranks (default %(default)s)")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="of dispatch (default %(default)s)")
-    parser.add_argument(
-        "--layout", nargs="+", choices=("compact", "expanded"), default=["compact"], help="default compact"
-    )
-    parser.add_argument("--low-latency", action="store_true", help="padded rows, FP8 dispatch, instead of --layout")
+    cli.add_rank_options(parser)
+    for name, default, what in (
+        ("num-tokens", None, "tokens per rank (default 512 on the CPU, 4096 on GPUs; low latency 128)"),
+        ("hidden", 7168, "channels of a row (default %(default)s)"),
+        ("num-topk", 8, "experts per token (default %(default)s)"),
+        ("num-experts", 256, "experts of all ranks (default %(default)s)"),
+        ("num-iters", None, "timed calls of each operation (default 7 on the CPU, 30 on GPUs)"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=what)
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the rows that dispatch moves (default bf16)")
+    parser.add_argument("--layout", nargs="+", choices=("compact", "expanded"), help="of rows (default compact)")
+    parser.add_argument("--low-latency", action="store_true", help="padded rows and FP8 dispatch instead")
     parser.add_argument("--routing", nargs="+", choices=ROUTINGS, default=list(ROUTINGS), help="default both")
-    parser.add_argument("--num-sms", type=int, nargs="+", default=[0], help="multiprocessors to try (default auto)")
-    parser.add_argument("--num-iters", type=int, help="timed calls (default 7 on CPU, 30 on CUDA)")
-    parser.add_argument("--seed", type=int, default=0, help="of all inputs (default 0)")
-    parser.add_argument("--timeout", type=float, default=900.0, help="seconds for everything (default 900)")
-    parser.add_argument("--json", type=Path, help="file to write all results to")
-    parser.add_argument("--plot", type=Path, help="file to draw to")
+    parser.add_argument(
+        "--num-sms", type=int, nargs="+", metavar="N", help="multiprocessors to try (default automatic)"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=900.0, metavar="SECONDS", help="for everything (default %(default)g)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="to write all results to")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="to draw to")
     return parser

@@ -20,7 +20,7 @@ class Plan:
     """One run of the bench.
 
     Attributes:
-        backend: "auto" or a name.
+        backend: "auto" or a name; None for `DEEPEP_BACKEND`, else "auto".
         device: "cpu" or "cuda".
         num_tokens: T of every rank.
         hidden: H.
@@ -34,7 +34,7 @@ class Plan:
         seed: of all inputs.
     """
 
-    backend: str
+    backend: str | None
     device: str
     num_tokens: int
     hidden: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from deepep import env
+from deepep.backends.registry import requested_on
 from deepep.bench import operations
 from deepep.bench.checks import Scene
 from deepep.bench.measure import CpuClock, CudaClock
@@ -20,6 +20,7 @@ from deepep.buffer import Buffer
 from deepep.elastic import ElasticBuffer
 from deepep.front import Front
 from deepep.group import Group
+from deepep.progress import progress_bar
 
 
 @dataclass
@@ -77,7 +78,7 @@ def run_rank(group: Group, plan: Plan) -> RankReport:
     """Measure as one rank of `group`; collective. Shows a progress bar on rank 0."""
     report = RankReport()
     num_steps = len(plan.layouts) * len(plan.routings) * len(plan.num_sms)
-    with _progress(num_steps) if group.rank == 0 else _Silent() as bar:
+    with progress_bar(num_steps, "bench", "setting", is_shown=group.rank == 0) as bar:
         for layout in plan.layouts:
             front = _front(group, plan, layout)
             _describe(report, front, layout, plan)
@@ -95,17 +96,18 @@ def run_rank(group: Group, plan: Plan) -> RankReport:
 
 
 def _front(group: Group, plan: Plan, layout: str) -> Front:
+    backend = requested_on(plan.device, plan.backend)
     if layout == "expanded":
         return ElasticBuffer(
             group, num_max_tokens_per_rank=plan.num_tokens, hidden=plan.hidden, num_topk=plan.num_topk,
-            use_fp8_dispatch=plan.dtype == "fp8", backend=plan.backend,
+            use_fp8_dispatch=plan.dtype == "fp8", backend=backend,
         )  # fmt: skip
     if layout == "padded":
         size = Buffer.get_low_latency_rdma_size_hint(plan.num_tokens, plan.hidden, group.num_ranks, plan.num_experts)
-        return Buffer(group, num_rdma_bytes=size, low_latency_mode=True, backend=plan.backend)
+        return Buffer(group, num_rdma_bytes=size, low_latency_mode=True, backend=backend)
     # Room for all rows of a rank to travel at once.
     row_bytes = plan.hidden * plan.combine_dtype.itemsize
-    return Buffer(group, num_nvl_bytes=4 * plan.num_tokens * row_bytes, backend=plan.backend)
+    return Buffer(group, num_nvl_bytes=4 * plan.num_tokens * row_bytes, backend=backend)
 
 
 def _describe(report: RankReport, front: Front, layout: str, plan: Plan) -> None:
@@ -185,27 +187,3 @@ def _time_on_gpu(
 def _device_barrier(front: Any) -> Any:
     """Give the backend's barrier where it works on the stream; only such backends can be captured."""
     return front._backend.barrier if front._capabilities.graph_capture else None
-
-
-class _Silent:
-    def __enter__(self) -> _Silent:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self) -> None:
-        """Take the place of a progress bar where tqdm is not installed."""
-
-    def set_postfix_str(self, text: str) -> None:
-        """Likewise."""
-
-
-def _progress(num_steps: int) -> Any:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return _Silent()
-    # Its own lock is a semaphore between processes, which would outlive a rank that is killed.
-    tqdm.set_lock(threading.RLock())
-    return tqdm(total=num_steps, desc="bench", unit="setting")

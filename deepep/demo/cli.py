@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from deepep import ranks
+from deepep import cli, ranks
 from deepep.demo.options import Options
-from deepep.errors import DeepEPError
 
 _NEEDED = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
 _DEFAULTS = Options()
@@ -22,15 +19,7 @@ _DEFAULTS = Options()
 def main(args: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit status: 0 if the loss curves agree, 1 if not, 2 if it could not run."""
     chosen = _parser().parse_args(args)
-    missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        print(f"the demo needs {', '.join(missing)}: pip install 'deepep[demo]'", file=sys.stderr)
-        return 2
-    try:
-        return _run(chosen)
-    except DeepEPError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    return cli.exit_status(lambda: _run(chosen), _NEEDED)
 
 
 def _run(chosen: argparse.Namespace) -> int:
@@ -64,22 +53,21 @@ def _run(chosen: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m deepep demo",
-        description="Train a small mixture of experts on handwritten digits, its experts spread over ranks. Started by "
-        "torchrun or mpirun it uses their processes as ranks; otherwise it starts local ones.",
+        description="Train a small mixture of experts on handwritten digits, its experts spread over ranks, and the "
+        f"same model in one process; compare the two. {cli.WHERE_RANKS_COME_FROM}",
     )
-    parser.add_argument("--num-ranks", type=int, help=f"processes to start (default {ranks.DEFAULT_NUM_RANKS})")
-    parser.add_argument("--backend", default=_DEFAULTS.backend, help="auto, reference, ipc, ... (default auto)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=_DEFAULTS.device, help="where tensors live")
+    cli.add_rank_options(parser)
     for name, what in {
         "epochs": "passes over the training images",
         "batch-size": "images per step, over all ranks",
         "num-experts": "a multiple of the number of ranks",
         "num-topk": "experts per image",
-        "seed": "of everything random",
     }.items():
         default = getattr(_DEFAULTS, name.replace("-", "_"))
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default {default})")
-    parser.add_argument("--plot", type=Path, default=Path("deepep_demo.png"), help="file to draw (default %(default)s)")
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default {default})")
+    parser.add_argument(
+        "--plot", type=Path, default=Path("deepep_demo.png"), metavar="FILE", help="to draw to (default %(default)s)"
+    )
     parser.add_argument("--no-plot", action="store_true", help="draw nothing")
     parser.add_argument("--digest", action="store_true", help="print a hash of all rows of each rank")
     return parser

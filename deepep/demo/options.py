@@ -12,7 +12,7 @@ class Options:
     """Model, training and placement; equal on all ranks.
 
     Attributes:
-        backend: of `deepep.Buffer`, "auto" or a name.
+        backend: of `deepep.Buffer`, "auto" or a name; None for `DEEPEP_BACKEND`, else "auto".
         device: "cpu" or "cuda".
         epochs: passes over the training images.
         batch_size: images per step, over all ranks.
@@ -26,7 +26,7 @@ class Options:
         is_digested: hash the rows of every step, to compare runs bit for bit.
     """
 
-    backend: str = "auto"
+    backend: str | None = None
     device: str = "cpu"
     epochs: int = 25
     batch_size: int = 256

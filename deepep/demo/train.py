@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional
 
 from deepep import env
+from deepep.backends.registry import requested_on
 from deepep.buffer import Buffer
 from deepep.demo import data
 from deepep.demo.model import Classifier
 from deepep.demo.options import Options
 from deepep.group import Group
+from deepep.progress import progress_bar
 
 
 @dataclass
@@ -65,7 +66,7 @@ class Peers:
 def run_rank(group: Group, options: Options) -> Outcome:
     """Train as one rank of `group`; collective. Shows a progress bar on rank 0."""
     share = options.experts_of(group.rank, group.num_ranks)
-    buffer = Buffer(group, backend=options.backend)
+    buffer = Buffer(group, backend=requested_on(options.device, options.backend))
     outcome = train(options, Peers(group), share, buffer, with_bar=group.rank == 0)
     outcome.backend, outcome.num_hosts = buffer.backend, len(set(buffer.topology.hosts))
     outcome.num_rows, outcome.num_bytes = buffer.traffic["num_rows"], buffer.traffic["num_bytes"]
@@ -80,10 +81,6 @@ def run_alone(options: Options) -> Outcome:
 
 def train(options: Options, peers: Peers, share: range, buffer: Buffer | None, *, with_bar: bool) -> Outcome:
     """Train and test one model whose experts `share` are here."""
-    from tqdm import tqdm
-
-    # Its own lock is a semaphore between processes, which would outlive a rank that is killed.
-    tqdm.set_lock(threading.RLock())
     digits = data.load(options.seed, options.device)
     model = Classifier(options, share, buffer).to(options.device)
     trainer = _Trainer(options, peers, model)
@@ -91,7 +88,7 @@ def train(options: Options, peers: Peers, share: range, buffer: Buffer | None, *
     shuffle = torch.Generator().manual_seed(options.seed)
     num_images = len(digits.train.digits)
     num_steps = options.epochs * -(-num_images // options.batch_size)
-    with tqdm(total=num_steps, desc="train", unit="step", disable=not with_bar) as bar:
+    with progress_bar(num_steps, "train", "step", is_shown=with_bar) as bar:
         for _ in range(options.epochs):
             load = torch.zeros(options.num_experts, dtype=torch.int64, device=options.device)
             for batch in torch.randperm(num_images, generator=shuffle).split(options.batch_size):
@@ -99,7 +96,7 @@ def train(options: Options, peers: Peers, share: range, buffer: Buffer | None, *
                 outcome.losses.append(loss)
                 load += counts
                 bar.update()
-            bar.set_postfix(loss=f"{outcome.losses[-1]:.4f}")
+            bar.set_postfix_str(f"loss {outcome.losses[-1]:.4f}")
             outcome.expert_load = load.tolist()
     if model.digest is not None:
         outcome.digest = model.digest.hexdigest()

@@ -105,6 +105,23 @@ def test_bad_plans_are_named(changes: dict[str, object], text: str) -> None:
         plan_of(**changes)
 
 
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["--num-tokens", "0"], "num_tokens is 0"),
+        (["--num-iters", "0"], "num_iters is 0"),
+        (["--low-latency", "--dtype", "fp32"], "--dtype does not go with --low-latency"),
+        (["--low-latency", "--layout", "compact"], "--layout does not go with --low-latency"),
+        (["--low-latency", "--num-sms", "8"], "--num-sms does not go with --low-latency"),
+    ],
+)
+def test_options_are_refused_rather_than_ignored(
+    args: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(args) == 2
+    assert text in capsys.readouterr().err
+
+
 def test_an_unknown_backend_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--num-ranks", "1", "--backend", "nonsense", "--num-iters", "1", "--num-tokens", "8"]) == 2
     assert "nonsense" in capsys.readouterr().err

@@ -72,7 +72,7 @@ def test_another_curve_is_noticed() -> None:
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else object())
     assert cli.main([]) == 2
-    assert "the demo needs scikit-learn: pip install 'deepep[demo]'" in capsys.readouterr().err
+    assert "this needs scikit-learn: pip install 'deepep[demo]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -80,6 +80,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     [
         (["--num-experts", "6", "--num-topk", "7"], "num_topk is 7"),
         (["--epochs", "0"], "epochs is 0"),
+        (["--num-ranks", "0"], "num_ranks is 0"),
         (["--num-ranks", "3", "--epochs", "1"], "multiple of 3 ranks"),
     ],
 )

@@ -131,6 +131,9 @@ def test_the_argument_beats_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert registry.requested(None) == "ipc"
     assert registry.requested("reference") == "reference"
     assert registry.requested("auto") == "auto"
+    assert registry.requested_on("cpu", None) == "ipc"  # refused there by name, rather than replaced
+    assert registry.requested_on("cpu", "auto") == "reference"
+    assert registry.requested_on("cuda", "auto") == "auto"
 
 
 @pytest.mark.usefixtures("built_in")
