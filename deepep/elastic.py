@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from deepep import env
 from deepep.backends.base import (
     CombineRequest,
     CombineResult,
@@ -33,8 +32,8 @@ from deepep.elastic_handle import (
     tensors_of,
 )
 from deepep.elastic_requests import Named, Place, cached_terms, fresh_terms
-from deepep.elastic_sizes import SizesMixin
-from deepep.errors import InvalidArgument
+from deepep.elastic_sizes import SizesMixin, check_num_bytes
+from deepep.errors import DeepEPError, InvalidArgument, UnsupportedOperation
 from deepep.event import Event, EventHandle, EventOverlap, as_handle
 from deepep.front import Front
 from deepep.topology import Topology
@@ -110,18 +109,18 @@ class ElasticBuffer(SizesMixin, AbsentMixin, Front):
         timeout: float | None = None,
         topology: Topology | None = None,
     ) -> None:
-        if num_cpu_bytes:
-            refuse_cpu_bytes()
-        if num_bytes is None:
-            num_bytes = self.get_buffer_size_hint(
-                comm if group is None else group, num_max_tokens_per_rank, hidden, num_topk, use_fp8_dispatch,
-                allow_hybrid_mode, allow_multiple_reduction,
-            )  # fmt: skip
-        if num_bytes <= 0 or num_max_tokens_per_rank < 0:
-            raise InvalidArgument(
-                f"ElasticBuffer: num_bytes={num_bytes}, num_max_tokens_per_rank={num_max_tokens_per_rank}; "
-                "num_bytes must be above 0, or None and given by num_max_tokens_per_rank and hidden"
-            )
+        problem: DeepEPError | None = None
+        try:
+            if num_cpu_bytes:
+                refuse_cpu_bytes()
+            if num_bytes is None:
+                num_bytes = self.get_buffer_size_hint(
+                    comm if group is None else group, num_max_tokens_per_rank, hidden, num_topk, use_fp8_dispatch,
+                    allow_hybrid_mode, allow_multiple_reduction,
+                )  # fmt: skip
+            check_num_bytes(num_bytes)
+        except (InvalidArgument, UnsupportedOperation) as error:
+            problem, num_bytes = error, num_bytes or 0
         self.num_bytes, self.num_cpu_bytes = num_bytes, num_cpu_bytes
         self.num_max_tokens_per_rank, self.hidden, self.num_topk = num_max_tokens_per_rank, hidden, num_topk
         self.use_fp8_dispatch, self.deterministic = use_fp8_dispatch, deterministic
@@ -136,8 +135,9 @@ class ElasticBuffer(SizesMixin, AbsentMixin, Front):
             "num_topk": num_topk,
             "allow_hybrid_mode": allow_hybrid_mode,
         }
-        limit = timeout if timeout is not None else env.timeout(num_gpu_timeout_secs)
-        super().__init__(group, comm, backend, limit, topology, options)
+        super().__init__(
+            group, comm, backend, timeout, topology, options, default_timeout=num_gpu_timeout_secs, problem=problem
+        )
         self.rank_idx, self.num_ranks = self.rank, self.group_size
         self.num_rdma_ranks, self.num_nvlink_ranks = self.get_physical_domain_size()
         self.num_scaleout_ranks, self.num_scaleup_ranks = self.get_logical_domain_size()

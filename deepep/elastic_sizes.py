@@ -151,6 +151,15 @@ def buffer_size_hint(
     return align(num_bytes, SIZE_ALIGNMENT)
 
 
+def check_num_bytes(num_bytes: int) -> None:
+    """Check the size that a constructor was given."""
+    if num_bytes <= 0:
+        raise InvalidArgument(
+            f"ElasticBuffer: num_bytes is {num_bytes}; it must be above 0, or None and given by "
+            "num_max_tokens_per_rank and hidden"
+        )
+
+
 def group_size(group: Any) -> int:
     """Give the ranks of a torch process group, an mpi4py communicator or a `Group`, without communicating."""
     for name in _SIZE_ATTRIBUTES:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import torch
@@ -51,13 +52,19 @@ class Front:
         timeout: float | None,
         topology: Topology | None,
         options: dict[str, Any],
+        *,
+        default_timeout: float = env.DEFAULT_TIMEOUT,
+        problem: DeepEPError | None = None,
     ) -> None:
+        # What is wrong here, `problem` included, is reported when ranks agree, so that none waits for one that left.
         self._broken: str | None = None
         self._backend: Backend | None = None
         self._owner = next(_owner_numbers)
         self._comm_stream = CommStream()
-        # A wrong limit is reported with the rest, when the ranks agree, so that none waits for one that has left.
-        self.timeout = float(timeout) if timeout is not None and timeout > 0 else env.timeout()
+        try:
+            self.timeout = _checked_timeout(timeout, default_timeout)
+        except InvalidArgument as error:
+            self.timeout, problem = env.DEFAULT_TIMEOUT, problem or error
         self._group = make_group(group, comm)
         self.group = self._group.raw
         self.rank = self._group.rank
@@ -65,8 +72,11 @@ class Front:
         on_cuda = torch.cuda.is_available()
         # Asked for even where it was given: only so do ranks find out that others were given none.
         found = Topology.discover(self._group, use_cuda=on_cuda, timeout=self.timeout)
+        if topology is not None and not isinstance(topology, Topology):
+            problem = problem or InvalidArgument(f"topology is a {type(topology).__name__}; pass a deepep.Topology")
+            topology = None
         self.topology = topology or found
-        chosen = self._agree_on_backend(registry.requested(backend), on_cuda, timeout, options)
+        chosen = self._agree_on_backend(registry.requested(backend), on_cuda, options, problem)
         self._capabilities = chosen.capabilities()
         self._backend = chosen(self._group, self.topology, BackendOptions(timeout=self.timeout, **options))
 
@@ -92,32 +102,28 @@ class Front:
         return self._comm_stream.get()
 
     def _agree_on_backend(
-        self, wanted: str, on_cuda: bool, timeout: float | None, options: dict[str, Any]
+        self, wanted: str, on_cuda: bool, options: dict[str, Any], problem: DeepEPError | None
     ) -> type[Backend]:
         """Choose on every rank, then compare, so that all ranks build the same backend or raise the same error."""
-        chosen, failure = None, ""
-        try:
-            self._check_construction(timeout, options)
-            chosen = registry.select(wanted, self.topology, on_cuda=on_cuda)
-        except (BackendUnavailable, InvalidArgument) as error:
-            failure = f"{type(error).__name__}: {error}"
-        mine = {"version": __version__, "backend": chosen.name if chosen else failure, "hosts": self.topology.hosts}
-        mine.update(options)
-        everyone = self._group.all_gather_object(mine, op="construction", timeout=self.timeout)
-        failed = {rank: said["backend"] for rank, said in enumerate(everyone) if ":" in said["backend"]}
-        if failed:
-            rank, text = next(iter(failed.items()))
-            kind = InvalidArgument if text.startswith("InvalidArgument") else BackendUnavailable
-            raise kind(f"rank(s) {sorted(failed)} cannot build the buffer; rank {rank}: {text.partition(': ')[2]}")
+        chosen = None
+        if problem is None:
+            try:
+                self._check_construction(options)
+                chosen = registry.select(wanted, self.topology, on_cuda=on_cuda)
+            except (BackendUnavailable, InvalidArgument) as error:
+                problem = error
+        mine = {"version": __version__, "backend": chosen and chosen.name, "hosts": self.topology.hosts, **options}
+        everyone = self._group.all_gather_object((mine, problem), op="construction", timeout=self.timeout)
+        problems = {rank: theirs for rank, (_, theirs) in enumerate(everyone) if theirs is not None}
+        for rank, theirs in problems.items():
+            raise type(theirs)(f"rank(s) {sorted(problems)} cannot build the buffer; rank {rank}: {theirs}")
         for name in mine:
-            raise_unless_equal("construction", name, [said[name] for said in everyone])
+            raise_unless_equal("construction", name, [said[name] for said, _ in everyone])
         if chosen is None:
-            raise BackendUnavailable(failure)
+            raise TypeError("without a problem there is a backend")
         return chosen
 
-    def _check_construction(self, timeout: float | None, options: dict[str, Any]) -> None:
-        if timeout is not None and not timeout > 0:
-            raise InvalidArgument(f"timeout is {timeout!r}; it must be a positive number of seconds")
+    def _check_construction(self, options: dict[str, Any]) -> None:
         if self.topology.num_ranks != self.group_size:
             raise InvalidArgument(
                 f"topology describes {self.topology.num_ranks} ranks and the group has {self.group_size}"
@@ -187,6 +193,14 @@ class Front:
         except CommTimeout as error:
             self._broken = str(error)
             raise
+
+
+def _checked_timeout(timeout: float | None, default: float) -> float:
+    """Give the limit for waiting: the argument, else `DEEPEP_TIMEOUT`, else `default`, in seconds."""
+    limit = env.timeout(default) if timeout is None else timeout
+    if not isinstance(limit, Real) or not 0 < limit < math.inf:
+        raise InvalidArgument(f"timeout is {limit!r}; it must be a positive, finite number of seconds")
+    return float(limit)
 
 
 def raise_unless_equal(op: str, name: str, values: list[Any]) -> None:

@@ -45,11 +45,17 @@ class Topology:
             CommTimeout: a rank did not answer.
             InvalidArgument: `DEEPEP_NUM_HOSTS` is no number, differs between ranks or does not divide them.
         """
-        mine = (_host_name(), _gpu_uuid() if use_cuda else None, env.num_hosts())
-        everyone: list[tuple[str, str | None, int | None]] = group.all_gather_object(
-            mine, op="Topology.discover", timeout=timeout
-        )
+        wish: int | InvalidArgument | None
+        try:
+            wish = env.num_hosts()
+        except InvalidArgument as error:
+            wish = error  # raised on all ranks, so that none waits for this one
+        mine = (_host_name(), _gpu_uuid() if use_cuda else None, wish)
+        everyone = group.all_gather_object(mine, op="Topology.discover", timeout=timeout)
         hosts, gpus, wishes = zip(*everyone, strict=True)
+        for rank, wish in enumerate(wishes):
+            if isinstance(wish, InvalidArgument):
+                raise InvalidArgument(f"rank {rank}: {wish}")
         if len(set(wishes)) > 1:
             by_rank = ", ".join(f"rank {rank}: {wish}" for rank, wish in enumerate(wishes))
             raise InvalidArgument(f"DEEPEP_NUM_HOSTS differs between ranks ({by_rank}); set it equally everywhere")

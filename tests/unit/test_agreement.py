@@ -34,6 +34,9 @@ CONSTRUCTIONS: dict[str, tuple[dict[str, Any], str, str]] = {
     "topology": ({"topology": Topology.split(2, 2)}, "InvalidArgument", "hosts"),
     "topology of others": ({"topology": Topology.split(3, 1)}, "InvalidArgument", "describes 3 ranks.*group has 2"),
     "timeout": ({"timeout": 0}, "InvalidArgument", "timeout is 0"),
+    "timeout without end": ({"timeout": float("inf")}, "InvalidArgument", "timeout is inf.*finite"),
+    "timeout in words": ({"timeout": "long"}, "InvalidArgument", "timeout is 'long'"),
+    "no topology": ({"topology": 2}, "InvalidArgument", "topology is a int; pass a deepep.Topology"),
     "negative size": ({"num_rdma_bytes": -1}, "InvalidArgument", "num_rdma_bytes"),
 }
 
@@ -47,6 +50,47 @@ def test_ranks_agree_at_construction(workers: Workers, name: str) -> None:
         assert outcome[0] == kind
         assert_says(outcome[1], pattern)
     assert outcomes[0] == outcomes[1]
+
+
+# likewise for `ElasticBuffer`, beside one by MoE shape on rank 0
+ELASTIC: dict[str, tuple[dict[str, Any], str, str]] = {
+    "no size": ({"num_max_tokens_per_rank": 0}, "InvalidArgument", r"\[1\] cannot build.*num_max_tokens_per_rank=0"),
+    "no bytes": ({"num_bytes": 0}, "InvalidArgument", r"\[1\] cannot build.*num_bytes is 0"),
+    "cpu bytes": ({"num_cpu_bytes": 1}, "UnsupportedOperation", r"\[1\] cannot build.*Engram"),
+    "no time": ({"num_gpu_timeout_secs": 0, "timeout": None}, "InvalidArgument", "timeout is 0"),
+    "bytes": ({"num_bytes": 64}, "InvalidArgument", "num_bytes: rank 0 has .* and rank 1 has 64"),
+}
+
+
+@pytest.mark.parametrize("name", ELASTIC)
+def test_ranks_agree_at_construction_of_elastic_buffers(workers: Workers, name: str) -> None:
+    _, kind, pattern = ELASTIC[name]
+    outcomes = workers.run(construct_elastic, name)
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0][0] == kind
+    assert_says(outcomes[0][1], pattern)
+
+
+def construct_elastic(group: Any, name: str) -> Outcome:
+    options = {"num_max_tokens_per_rank": 4, "hidden": 128, "backend": "reference", "timeout": 20}
+    if group.rank() == 1:
+        options.update(ELASTIC[name][0])
+    return attempt(deepep.ElasticBuffer, group, **options)
+
+
+@pytest.mark.parametrize("name", ["DEEPEP_NUM_HOSTS", "DEEPEP_TIMEOUT"])
+def test_a_wrong_environment_on_one_rank_is_told_to_all(workers: Workers, name: str) -> None:
+    outcomes = workers.run(construct_with, name)
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0][0] == "InvalidArgument"
+    assert_says(outcomes[0][1], f"rank 1: {name}='many'")
+
+
+def construct_with(group: Any, name: str) -> Outcome:
+    with pytest.MonkeyPatch.context() as patch:
+        if group.rank() == 1:
+            patch.setenv(name, "many")
+        return attempt(deepep.Buffer, group, backend="reference")
 
 
 class OtherBackend(ReferenceBackend):

@@ -371,8 +371,3 @@ def test_queue_pairs() -> None:
 def test_what_is_not_here_says_so(name: str) -> None:
     with pytest.raises(deepep.UnsupportedOperation, match=f"ElasticBuffer.{name}: .* not part of this library"):
         getattr(deepep.ElasticBuffer, name)(1, extra=2)
-
-
-def test_host_memory_is_refused() -> None:
-    with pytest.raises(deepep.UnsupportedOperation, match="num_cpu_bytes"):
-        deepep.ElasticBuffer(num_bytes=1 << 21, num_cpu_bytes=1 << 21)
