@@ -7,29 +7,17 @@ from typing import Any, ClassVar
 
 import torch
 
-from deepep.backends.base import CombineRequest, DispatchRequest, Routing
+from deepep.buffer_requests import Given, cached_request, combine_request, fresh_request
 from deepep.config import Config, default_config
 from deepep.errors import InvalidArgument
 from deepep.event import Event, EventHandle, EventOverlap
 from deepep.front import Front
 from deepep.handle import InternodeHandle, IntranodeHandle, NormalHandle, make_normal_handle, routing_of
-from deepep.layout import dispatch_layout, token_in_rank, topk_ranks
+from deepep.layout import dispatch_layout
 from deepep.low_latency import LowLatencyMixin
 from deepep.stream import check_stream_arguments
 from deepep.topology import Topology
-from deepep.validate import (
-    COMBINE_DTYPES,
-    Payload,
-    check_bias,
-    check_experts,
-    check_rows,
-    check_tensor,
-    check_topk,
-    check_weights,
-    describe,
-    split_payload,
-    values_are_checked,
-)
+from deepep.validate import Payload, check_experts, check_topk, split_payload
 
 # What `dispatch` returns. The types within follow from the arguments, which the caller knows and a checker does not:
 # a tensor or a pair as `x` was; None without top-k or with a handle.
@@ -45,12 +33,13 @@ class Buffer(LowLatencyMixin, Front):
         group: torch ProcessGroup of any kind (often a CPU group although tensors are on GPUs).
         num_nvl_bytes: least size of the windows within a host, bytes; backends take what they need beyond it.
         num_rdma_bytes: the same across hosts and for low latency, bytes.
-        low_latency_mode: prepare the low-latency operations.
+        low_latency_mode: prepare the low-latency operations; only the reference backend has them without.
         num_qps_per_rank: kept for programs that pass it; network queues are the backend's business.
         allow_nvlink_for_low_latency_mode: likewise.
         allow_mnnvl: likewise.
         explicitly_destroy: likewise; `destroy()` may be called either way.
-        enable_shrink: a rank that does not arrive in low-latency mode is masked instead of raising.
+        enable_shrink: allow masks in low-latency mode; there `ipc` masks a rank that does not arrive, instead of
+            raising, while the reference backend's group does not survive one.
         comm: mpi4py communicator, instead of `group`.
         backend: "auto" or a name of `python -m deepep doctor`; `DEEPEP_BACKEND` where not given.
         timeout: longest wait for a peer, seconds; `DEEPEP_TIMEOUT` or 100 where not given.
@@ -143,6 +132,8 @@ class Buffer(LowLatencyMixin, Front):
             InvalidArgument: the view would run past the end.
         """
         raw = self._alive("get_local_buffer_tensor").local_buffer(use_rdma_buffer)
+        if size is not None and min(size, default=0) < 0:
+            raise InvalidArgument(f"get_local_buffer_tensor: size is {tuple(size)}; no dimension may be below 0")
         whole = (raw.numel() - offset) // dtype.itemsize
         num_elements = whole if size is None else torch.Size(size).numel()
         if not 0 <= offset <= raw.numel() or num_elements > whole or offset % dtype.itemsize:
@@ -175,10 +166,10 @@ class Buffer(LowLatencyMixin, Front):
             `num_tokens_per_expert` [E] i32, `is_token_in_rank` [T, R] bool, event.
         """
         op = "get_dispatch_layout"
-        backend = self._alive(op)
+        self._alive(op)
         check_stream_arguments(op, previous_event, async_finish, allocate_on_comm_stream)
         check_experts(op, num_experts, self.group_size)
-        check_topk(op, topk_idx, None, None, num_experts, backend.capabilities().max_topk)
+        check_topk(op, topk_idx, None, None, num_experts, self._capabilities.max_topk)
         counted, event = self._comm_stream.run(
             lambda: dispatch_layout(topk_idx, num_experts, self.group_size, self.topology.num_scaleup_ranks),
             (topk_idx,), is_async=async_finish, previous_event=previous_event, on_cuda=topk_idx.is_cuda,
@@ -206,8 +197,10 @@ class Buffer(LowLatencyMixin, Front):
 
         Args:
             x: [T, H], or `(x, sf)` with `sf` [T, n] of 4-byte elements.
-            handle: of an earlier dispatch, to repeat its routing; excludes everything about routing below.
-            num_tokens_per_rank: [R] i32 and the three below are what `get_dispatch_layout` returned.
+            handle: of an earlier dispatch, to repeat its routing; excludes `topk_idx`, `topk_weights` and
+                `num_worst_tokens`, and what else says something about routing is not read then.
+            num_tokens_per_rank: [R] i32 or None; this and the three below are what `get_dispatch_layout` returned. It
+                and the next are only kept in the handle, where programs may look for them.
             num_tokens_per_rdma_rank: [RD] i32 or None.
             is_token_in_rank: [T, R] bool; routes when there is no `topk_idx`.
             num_tokens_per_expert: [E] i32; says how many experts there are.
@@ -232,26 +225,15 @@ class Buffer(LowLatencyMixin, Front):
         with self._checking(op):
             check_stream_arguments(op, previous_event, async_finish, allocate_on_comm_stream)
             data, sf = split_payload(op, x)
+            given = Given(num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert)
             if handle is not None:
-                routing = self._cached_routing(op, handle, data, topk_idx, topk_weights, num_worst_tokens)
-                request = DispatchRequest(
-                    data, sf, None, None, routing.num_experts, routing=routing, num_sms=_num_sms(config)
-                )
+                routing = routing_of(handle, (IntranodeHandle, InternodeHandle), self._owner, op)
+                is_routed_again = topk_idx is not None or topk_weights is not None or num_worst_tokens != 0
+                request = cached_request(data, sf, routing, is_routed_again, _num_sms(config))
             else:
-                num_experts = self._check_routing(
-                    op, data, topk_idx, topk_weights, is_token_in_rank, num_tokens_per_expert
-                )
-                if expert_alignment < 1 or num_worst_tokens < 0:
-                    raise InvalidArgument(
-                        f"{op}: expert_alignment={expert_alignment}, num_worst_tokens={num_worst_tokens}; "
-                        "the first must be at least 1, the second at least 0"
-                    )
-                request = DispatchRequest(
-                    data, sf, topk_idx, topk_weights, num_experts,
-                    is_token_in_rank=is_token_in_rank if topk_idx is None else None,
-                    num_tokens_per_expert=num_tokens_per_expert if topk_idx is None else None,
-                    expert_alignment=expert_alignment, num_worst_rows=num_worst_tokens or None,
-                    num_sms=_num_sms(config),
+                request = fresh_request(
+                    data, sf, topk_idx, topk_weights, given, expert_alignment, num_worst_tokens, _num_sms(config),
+                    self.topology, self._capabilities.max_topk,
                 )  # fmt: skip
         result, event = self._dispatch(op, request, async_finish, previous_event)
         recv_x = result.x if result.sf is None else (result.x, result.sf)
@@ -298,67 +280,9 @@ class Buffer(LowLatencyMixin, Front):
         with self._checking(op):
             check_stream_arguments(op, previous_event, async_finish, allocate_on_comm_stream)
             routing = routing_of(handle, (IntranodeHandle, InternodeHandle), self._owner, op)
-            check_rows(op, "x", x, routing.num_recv_tokens)
-            if x.dtype not in COMBINE_DTYPES:
-                raise InvalidArgument(f"{op}: x is {x.dtype}; sums are over bfloat16, float16 or float32")
-            if topk_weights is not None:
-                check_weights(op, topk_weights, (x.shape[0], _num_topk(routing, topk_weights)), x.device)
-            biases = check_bias(op, bias, x, routing.dst_rank.shape[0])
-            request = CombineRequest(x, routing, topk_weights, bias=biases, num_sms=_num_sms(config))
+            request = combine_request(x, routing, topk_weights, bias, _num_sms(config))
         result, event = self._combine(op, request, async_finish, previous_event)
         return result.x, result.topk_weights, event
-
-    def _cached_routing(
-        self, op: str, handle: object, x: torch.Tensor, topk_idx: object, topk_weights: object, num_worst_tokens: int
-    ) -> Routing:
-        routing = routing_of(handle, (IntranodeHandle, InternodeHandle), self._owner, op)
-        if topk_idx is not None or topk_weights is not None or num_worst_tokens:
-            raise InvalidArgument(f"{op}: handle repeats a routing; leave out topk_idx, topk_weights, num_worst_tokens")
-        check_rows(op, "x", x, routing.dst_rank.shape[0])
-        return routing
-
-    def _check_routing(
-        self,
-        op: str,
-        x: torch.Tensor,
-        topk_idx: torch.Tensor | None,
-        topk_weights: torch.Tensor | None,
-        is_token_in_rank: torch.Tensor | None,
-        num_tokens_per_expert: torch.Tensor | None,
-    ) -> int:
-        if num_tokens_per_expert is None or (topk_idx is None and is_token_in_rank is None):
-            raise InvalidArgument(
-                f"{op}: without a handle, num_tokens_per_expert and one of topk_idx and is_token_in_rank are needed; "
-                "pass what get_dispatch_layout returned"
-            )
-        num_experts = num_tokens_per_expert.numel() if isinstance(num_tokens_per_expert, torch.Tensor) else 0
-        if num_experts == 0:
-            raise InvalidArgument(
-                f"{op}: num_tokens_per_expert is {describe(num_tokens_per_expert)}; it must be an int32 tensor [E]"
-            )
-        check_experts(op, num_experts, self.group_size)
-        check_tensor(op, "num_tokens_per_expert", num_tokens_per_expert, torch.int32, (num_experts,), x.device)
-        shape = (x.shape[0], self.group_size)
-        if is_token_in_rank is not None:
-            check_tensor(op, "is_token_in_rank", is_token_in_rank, torch.bool, shape, x.device)
-        if topk_idx is None:
-            if topk_weights is not None:
-                raise InvalidArgument(f"{op}: topk_weights without topk_idx; pass both or neither")
-            return num_experts
-        max_topk = self._alive(op).capabilities().max_topk
-        check_topk(op, topk_idx, topk_weights, x.shape[0], num_experts, max_topk, x.device)
-        if is_token_in_rank is not None and values_are_checked(topk_idx):
-            implied = token_in_rank(topk_ranks(topk_idx, num_experts // self.group_size), self.group_size)
-            if not torch.equal(implied, is_token_in_rank):
-                raise InvalidArgument(f"{op}: is_token_in_rank does not follow from topk_idx; use get_dispatch_layout")
-        return num_experts
-
-
-def _num_topk(routing: Routing, topk_weights: torch.Tensor) -> int:
-    """Give the K that weights must have: the dispatch's, or their own where it had none."""
-    if routing.topk_idx is not None:
-        return routing.topk_idx.shape[1]
-    return topk_weights.shape[-1] if isinstance(topk_weights, torch.Tensor) and topk_weights.dim() else 0
 
 
 def _num_sms(config: Config | None) -> int:

@@ -292,11 +292,12 @@ class ElasticBuffer(SizesMixin, AbsentMixin, Front):
         with self._checking(op) as backend:
             check_handle(op, handle, self.num_ranks)
             num_tokens, num_topk = handle.topk_idx.shape
-            check_rows(op, "x", x, num_rows_of(handle))
+            check_rows(op, "x", x, num_rows_of(handle), handle.topk_idx.device)
             if x.dtype not in COMBINE_DTYPES:
                 raise InvalidArgument(f"{op}: x is {x.dtype}; sums are over bfloat16, float16 or float32")
             if topk_weights is not None:
-                check_weights(op, topk_weights, x.shape[:1] if handle.do_expand else (x.shape[0], num_topk))
+                shape = x.shape[:1] if handle.do_expand else (x.shape[0], num_topk)
+                check_weights(op, topk_weights, shape, x.device)
             biases = check_bias(op, bias, x, num_tokens)
             num_sms = self._num_sms(op, num_sms, handle, {})
         self._fit(op, x, Layout.EXPANDED if handle.do_expand else Layout.COMPACT)

@@ -60,7 +60,7 @@ def fresh_terms(
     if max_tokens is None:
         max_tokens = place.num_max_tokens_per_rank
     check_experts(op, num_experts, place.num_ranks)
-    check_topk(op, topk_idx, topk_weights, x.shape[0], num_experts, place.max_topk)
+    check_topk(op, topk_idx, topk_weights, x.shape[0], num_experts, place.max_topk, x.device)
     if alignment < 1:
         raise InvalidArgument(f"{op}: expert_alignment={alignment}; it must be at least 1")
     if max_tokens < max(x.shape[0], 1):
@@ -113,9 +113,9 @@ def cached_terms(
             raise InvalidArgument(
                 f"{op}: {name} is {value} and the handle's is {getattr(handle, name)}; leave it out, or pass the same"
             )
-    check_rows(op, "x", x, handle.topk_idx.shape[0])
+    check_rows(op, "x", x, handle.topk_idx.shape[0], handle.topk_idx.device)
     if topk_weights is not None:
-        check_weights(op, topk_weights, tuple(handle.topk_idx.shape))
+        check_weights(op, topk_weights, tuple(handle.topk_idx.shape), x.device)
     return {
         "x": x,
         "sf": sf,

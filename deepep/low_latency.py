@@ -83,7 +83,7 @@ class LowLatencyMixin(_Base):
             dimensions column-major; `recv_count` [L] i32; handle; event; hook or None.
         """
         op = "low_latency_dispatch"
-        with self._checking(op) as backend:
+        with self._checking(op):
             check_rows(op, "x", x)
             max_tokens = num_max_dispatch_tokens_per_rank
             if x.dtype != torch.bfloat16:
@@ -93,7 +93,7 @@ class LowLatencyMixin(_Base):
                     f"{op}: x has T = {x.shape[0]} tokens; num_max_dispatch_tokens_per_rank allows {max_tokens}"
                 )
             check_experts(op, num_experts, self.group_size)
-            max_topk = backend.capabilities().max_topk
+            max_topk = self._capabilities.max_topk
             check_topk(op, topk_idx, topk_weights, x.shape[0], num_experts, max_topk, x.device)
             num_local = num_experts // self.group_size
             if cumulative_local_expert_recv_stats is not None:
@@ -150,19 +150,19 @@ class LowLatencyMixin(_Base):
             `combined_x` [T, H] bf16, event, hook or None.
         """
         op = "low_latency_combine"
-        with self._checking(op) as backend:
+        with self._checking(op):
             routing = routing_of(handle, (LowLatencyHandle,), self._owner, op)
             num_tokens = routing.dst_rank.shape[0]
             rows = (
                 routing.num_experts // self.group_size, self.group_size * routing.num_max_tokens_per_rank,
                 handle.hidden,
             )  # fmt: skip
-            check_tensor(op, "x", x, torch.bfloat16, rows)
+            check_tensor(op, "x", x, torch.bfloat16, rows, routing.dst_rank.device)
             if not zero_copy and not x.is_contiguous():
                 raise InvalidArgument(f"{op}: x must be contiguous")
             if zero_copy and use_logfmt:
                 raise InvalidArgument(f"{op}: zero_copy and use_logfmt exclude each other")
-            max_topk = backend.capabilities().max_topk
+            max_topk = self._capabilities.max_topk
             check_topk(op, topk_idx, topk_weights, num_tokens, routing.num_experts, max_topk, x.device)
             if topk_weights is None:
                 raise InvalidArgument(f"{op}: topk_weights is needed")
@@ -188,8 +188,16 @@ class LowLatencyMixin(_Base):
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
         """Make the windows ready for low latency after normal operations; collective (upstream API)."""
-        backend = self._alive("clean_low_latency_buffer")
-        backend.clean_low_latency_buffer(num_max_dispatch_tokens_per_rank, hidden, num_experts)
+        op = "clean_low_latency_buffer"
+        backend = self._alive(op)
+        check_experts(op, num_experts, self.group_size)
+        if num_max_dispatch_tokens_per_rank < 0 or hidden < 1:
+            raise InvalidArgument(
+                f"{op}: num_max_dispatch_tokens_per_rank is {num_max_dispatch_tokens_per_rank} and hidden {hidden}; "
+                "the first must be at least 0, the second at least 1"
+            )
+        shape = (num_max_dispatch_tokens_per_rank, hidden, num_experts)
+        self._run(lambda: backend.clean_low_latency_buffer(*shape), (), False, False, None)
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Leave a rank out of low-latency operations (`mask=True`), or take it back in."""

@@ -35,12 +35,16 @@ def split_payload(op: str, x: Payload) -> tuple[torch.Tensor, torch.Tensor | Non
     return data, sf
 
 
-def check_rows(op: str, name: str, x: torch.Tensor, num_rows: int | None = None) -> None:
-    """Check a contiguous [rows, H] payload whose rows are a multiple of 16 bytes."""
+def check_rows(
+    op: str, name: str, x: torch.Tensor, num_rows: int | None = None, device: torch.device | None = None
+) -> None:
+    """Check a contiguous [rows, H] payload whose rows are a multiple of 16 bytes; number and device as in a handle."""
     if not isinstance(x, torch.Tensor) or x.dim() != 2 or not x.is_contiguous():
         raise InvalidArgument(f"{op}: {name} is {describe(x)}; it must be a contiguous [rows, H] tensor")
     if num_rows is not None and x.shape[0] != num_rows:
         raise InvalidArgument(f"{op}: {name} has {x.shape[0]} rows; the handle's dispatch has {num_rows}")
+    if device is not None and x.device != device:
+        raise InvalidArgument(f"{op}: {name} is on {x.device} and the handle's dispatch on {device}; they must agree")
     row_bytes = x.shape[1] * x.element_size()
     if row_bytes == 0 or row_bytes % ROW_BYTES_MULTIPLE:
         raise InvalidArgument(

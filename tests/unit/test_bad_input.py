@@ -59,6 +59,10 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
         "dispatch", _spoilt(is_token_in_rank=torch.ones(T, 2, dtype=torch.bool)), "does not follow from topk_idx",
     ),
     "layout of another size": ("dispatch", _spoilt(is_token_in_rank=torch.ones(T, 3, dtype=torch.bool)), r"\[4, 2\]"),
+    "counts of ranks are a list": ("dispatch", _spoilt(num_tokens_per_rank=[2, 2]), "num_tokens_per_rank is a list"),
+    "counts of hosts are many": (
+        "dispatch", _spoilt(num_tokens_per_rdma_rank=torch.zeros(2).int()), r"per_rdma_rank is .*int32 \[1\]",
+    ),
     "alignment 0": ("dispatch", _spoilt(expert_alignment=0), "expert_alignment=0"),
     "negative worst case": ("dispatch", _spoilt(num_worst_tokens=-1), "num_worst_tokens=-1"),
     "allocation without event": (
@@ -67,6 +71,8 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "no handle": ("cached", _spoilt(handle=(1, 2)), "handle is a tuple"),
     "handle and experts": ("cached", _spoilt(topk_idx=_idx([0, 1]).repeat(T, 1)), "handle repeats a routing"),
     "cached with other rows": ("cached", _spoilt(x=torch.ones(T + 1, H)), "5 rows; the handle's dispatch has 4"),
+    "cached elsewhere": ("cached", _spoilt(x=torch.ones(T, H, device="meta")), "x is on meta.*dispatch on cpu"),
+    "combine elsewhere": ("combine", _spoilt(x=torch.ones(6, H, device="meta")), "x (is on meta|has 6 rows)"),
     "combine other rows": ("combine", _spoilt(x=torch.ones(99, H, dtype=BF16)), "x has 99 rows"),
     "combine no tensor": ("combine", _spoilt(x=None), "x is a NoneType"),
     "combine integers": ("combine", _spoilt(x="int32"), "int32; sums are over"),

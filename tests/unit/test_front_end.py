@@ -133,6 +133,7 @@ def local_buffers(group: Any) -> list[Outcome]:
         attempt(view, torch.uint8, (0,), 257),
         attempt(view, torch.int64, (1,), 4),
         attempt(view, torch.uint8, (129,), 0, True),
+        attempt(view, torch.uint8, (-1,)),
     ]
 
 
