@@ -96,6 +96,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "low latency: no weights": ("ll_combine", _spoilt(topk_weights=None), "topk_weights is needed"),
     "low latency: out": ("ll_combine", _spoilt(out=torch.ones(T, H)), r"out is float32.*bfloat16 \[4, 128\]"),
     "low latency: two casts": ("ll_combine", _spoilt(zero_copy=True, use_logfmt=True), "exclude each other"),
+    "low latency: nothing filled": ("ll_combine", _spoilt(zero_copy=True), "call that first and fill it"),
     "low latency: reduction": ("ll_combine", _spoilt(reduction="mean"), "'mean'.*'per_rank' or 'per_copy'"),
 }  # fmt: skip
 

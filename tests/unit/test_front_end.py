@@ -43,6 +43,28 @@ def mask_misuse(group: Any) -> list[Outcome]:
     ]
 
 
+def test_cleaning_waits_for_those_that_are_not_masked_and_compares_shapes(workers: Workers) -> None:
+    outcomes = workers.run(clean)
+    for done, bad, differing in outcomes:
+        assert done is None
+        assert bad == ("InvalidArgument", "clean_low_latency_buffer: num_experts is 7; it must be a positive multiple "
+                       "of the 2 ranks")  # fmt: skip
+        assert differing[0] == "InvalidArgument"
+        assert_says(differing[1], "clean_low_latency_buffer: ranks disagree about hidden: rank 0 has 128 and rank 1")
+    assert outcomes[0] == outcomes[1]
+
+
+def clean(group: Any) -> list[Outcome]:
+    buffer = deepep.Buffer(group, backend="reference", enable_shrink=True, timeout=20)
+    done = None
+    if group.rank() == 0:
+        buffer.low_latency_update_mask_buffer(1, True)
+        done = attempt(buffer.clean_low_latency_buffer, M, H, E)  # alone
+        buffer.low_latency_clean_mask_buffer()
+    bad = attempt(buffer.clean_low_latency_buffer, M, H, 7)
+    return [done, bad, attempt(buffer.clean_low_latency_buffer, M, H + 128 * group.rank(), E)]
+
+
 def test_a_destroyed_buffer_says_so(workers: Workers) -> None:
     for outcomes in workers.run(use_after_destroy):
         for kind, text in outcomes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import ClassVar
 
 import torch
@@ -40,7 +41,8 @@ class ReferenceBackend(Backend):
         super().__init__(group, topology, options)
         self.masked: list[int] = []
         self._local: dict[bool, torch.Tensor] = {}
-        self._combine_buffers: dict[int, torch.Tensor] = {}
+        # By identity: routings hold tensors, which know no equality that would do.
+        self._combine_buffers: dict[int, tuple[weakref.ref[Routing], torch.Tensor]] = {}
 
     @classmethod
     def probe(cls) -> Availability:
@@ -89,8 +91,11 @@ class ReferenceBackend(Backend):
         self.masked = []
 
     def clean_low_latency_buffer(self, num_max_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
-        """Wait for all ranks; there is no window to clean."""
-        self.barrier()
+        """Wait for all ranks that are not masked, and compare shapes with them; there is no window to clean."""
+        terms: dict[str, object] = dict(
+            num_max_tokens_per_rank=num_max_tokens_per_rank, hidden=hidden, num_experts=num_experts
+        )
+        notify(self.group, Notice("clean_low_latency_buffer", terms), self.options.timeout, self.masked)
 
     def next_combine_buffer(self, routing: Routing, hidden: int) -> torch.Tensor:
         """Give the tensor that the next zero-copy combine of this routing reads."""
@@ -98,7 +103,9 @@ class ReferenceBackend(Backend):
         num_local_experts = routing.num_experts // self.group.num_ranks
         device = routing.dst_rank.device
         buffer = torch.empty(num_local_experts, room, hidden, dtype=torch.bfloat16, device=device)
-        self._combine_buffers[id(routing)] = buffer
+        # What belongs to routings that are gone will not be asked for any more.
+        held = {key: pair for key, pair in self._combine_buffers.items() if pair[0]() is not None}
+        self._combine_buffers = {**held, id(routing): (weakref.ref(routing), buffer)}
         return buffer
 
     def take_combine_buffer(self, routing: Routing) -> torch.Tensor:
@@ -107,8 +114,8 @@ class ReferenceBackend(Backend):
         Raises:
             InvalidArgument: none was asked for since the last zero-copy combine.
         """
-        buffer = self._combine_buffers.pop(id(routing), None)
-        if buffer is None:
+        known, buffer = self._combine_buffers.pop(id(routing), (None, None))
+        if buffer is None or known is None or known() is not routing:
             raise InvalidArgument(
                 "low_latency_combine: zero_copy=True reads get_next_low_latency_combine_buffer(handle); "
                 "call that first and fill it"

@@ -9,8 +9,9 @@ import torch
 
 from deepep import quant
 from deepep.backends.base import CombineRequest, CombineResult, Layout, Reduction, WeightSource
-from deepep.backends.reference.notify import Notice, notify
+from deepep.backends.reference.notify import Notice, notify, op_name
 from deepep.backends.reference.rows import ordered_sum, return_rows, send_rows, tokens_of_ranks
+from deepep.errors import InvalidArgument
 from deepep.layout import last_slots, slot_positions, topk_ranks
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class _Combine:
         self.backend = backend
         self.request = request
         self.routing = request.routing
+        self.op = op_name("combine", request.routing.layout)
         self.group = backend.group
         self.num_ranks = backend.group.num_ranks
         self.deadline = time.monotonic() + backend.options.timeout
@@ -51,10 +53,16 @@ class _Combine:
         self.coming = [pick.numel() for pick in self.picks]
 
     def agree(self) -> None:
-        """Compare with the other ranks what this call is."""
+        """Find the payload, and compare with the other ranks what this call is."""
         request = self.request
+        try:
+            x = self.backend.take_combine_buffer(self.routing) if request.zero_copy else request.x
+        except InvalidArgument as error:
+            self.backend.refuse(self.op, error)
+            raise
+        self.payload = x.reshape(-1, x.shape[-1])
         mine = Notice(
-            op="combine",
+            op=self.op,
             terms={
                 "hidden": request.x.shape[-1],
                 "dtype": str(request.x.dtype),
@@ -69,7 +77,7 @@ class _Combine:
 
     def per_rank(self) -> torch.Tensor:
         """One row per (token, rank) travels; gives the sum over ranks, [T, H]."""
-        rows = self._payload()
+        rows = self.payload
         if self.routing.expanded_row is not None:
             index, scale = self._slots_at_owner(self.routing.expanded_row)
             rows = ordered_sum(rows, index, scale=scale)
@@ -90,13 +98,12 @@ class _Combine:
         request, routing = self.request, self.routing
         if routing.expanded_row is None or routing.topk_idx is None:
             raise TypeError("per_copy needs expanded rows")
-        rows = self._payload()
         copies, counts = [], []
         for begin, end in self.held:
             mine = routing.expanded_row[begin:end]
             copies.append(mine[mine >= 0])
             counts.append(copies[-1].numel())
-        travelling = self._cast(rows.index_select(0, torch.cat(copies).to(torch.int64)))
+        travelling = self._cast(self.payload.index_select(0, torch.cat(copies).to(torch.int64)))
         ranks = topk_ranks(routing.topk_idx, routing.num_experts // self.num_ranks)
         for rank in self.backend.masked:
             ranks = torch.where(ranks == rank, -1, ranks)
@@ -148,11 +155,6 @@ class _Combine:
 
         return CombineResult(out, weights, finish)
 
-    def _payload(self) -> torch.Tensor:
-        request = self.request
-        x = self.backend.take_combine_buffer(self.routing) if request.zero_copy else request.x
-        return x.reshape(-1, x.shape[-1])
-
     def _cast(self, rows: torch.Tensor) -> torch.Tensor:
         """Apply the cast to every row that combine adds up, also those that never leave this rank."""
         return quant.logfmt_roundtrip(rows) if self.request.use_logfmt else rows
@@ -171,7 +173,7 @@ class _Combine:
         num_tokens = int(self.routing.psum_num_recv_tokens_per_rank[-1])
         out = torch.zeros(num_tokens, values.shape[1], dtype=values.dtype, device=values.device)
         arrived = torch.empty(sum(num_held), values.shape[1], dtype=values.dtype, device=values.device)
-        send_rows(self.group, values, self.picks, num_held, arrived, "combine", self._time_left())
+        send_rows(self.group, values, self.picks, num_held, arrived, self.op, self._time_left())
         first = 0
         for begin, end in self.held:
             out[begin:end] = arrived[first : first + end - begin]
@@ -186,7 +188,7 @@ class _Combine:
 
     def _exchange_back(self, rows: torch.Tensor, num_sent: list[int], coming: list[int]) -> torch.Tensor:
         started = time.monotonic()
-        home = return_rows(self.group, rows.contiguous(), num_sent, coming, "combine", self._time_left())
+        home = return_rows(self.group, rows.contiguous(), num_sent, coming, self.op, self._time_left())
         self.backend.count_wait(
             self.request.wait_recv_cost_stats, torch.tensor(coming, device="cpu"), time.monotonic() - started
         )

@@ -10,9 +10,10 @@ import torch
 
 from deepep import quant
 from deepep.backends.base import DispatchRequest, DispatchResult, Layout, Routing
-from deepep.backends.reference.notify import Notice, check_room, count_matrix, notify
+from deepep.backends.reference.notify import Notice, check_room, count_matrix, notify, op_name
 from deepep.backends.reference.pool import row_pool
-from deepep.backends.reference.rows import as_bytes, send_rows, tokens_of_ranks
+from deepep.backends.reference.rows import send_rows, tokens_of_ranks
+from deepep.backends.reference.spread import Spread
 from deepep.layout import (
     align,
     count_experts,
@@ -42,6 +43,7 @@ class _Dispatch:
     def __init__(self, backend: ReferenceBackend, request: DispatchRequest, routing: Routing | None) -> None:
         self.backend = backend
         self.request = request
+        self.op = op_name("dispatch", request.layout)
         self.group = backend.group
         self.num_ranks = backend.group.num_ranks
         self.num_local_experts = request.num_experts // self.num_ranks
@@ -118,7 +120,7 @@ class _Dispatch:
         request = self.request
         experts = request.num_tokens_per_expert
         mine = Notice(
-            op="dispatch",
+            op=self.op,
             terms={
                 "hidden": request.x.shape[1],
                 "dtype": str(request.x.dtype),
@@ -198,7 +200,7 @@ class _Dispatch:
         self.backend.count_traffic("dispatch", [p.numel() for p in self.picks], _row_bytes(request.x, request.sf))
         if routing.expanded_row is None:
             return DispatchResult(x, sf, topk_idx, topk_weights, None, [], routing)
-        spread = _Spread(routing.expanded_row, routing.num_rows, request.do_zero_padding)
+        spread = Spread(routing.expanded_row, routing.num_rows, request.do_zero_padding)
         weights = None if topk_weights is None else spread.choices(topk_weights)
         if request.layout is Layout.EXPANDED:
             return DispatchResult(
@@ -207,7 +209,7 @@ class _Dispatch:
         return self._padded(routing, spread, x, sf, topk_idx)
 
     def _padded(
-        self, routing: Routing, spread: _Spread, x: torch.Tensor, sf: torch.Tensor | None, topk_idx: torch.Tensor | None
+        self, routing: Routing, spread: Spread, x: torch.Tensor, sf: torch.Tensor | None, topk_idx: torch.Tensor | None
     ) -> DispatchResult:
         if topk_idx is None:
             raise TypeError("padded rows need topk_idx")
@@ -256,46 +258,11 @@ class _Dispatch:
         out = row_pool.empty(num_rows, source.shape[1], source.dtype, self.device)
         if fill is not None:
             out[int(arriving.sum()) :] = fill
-        send_rows(self.group, source, self.picks, arriving.tolist(), out, "dispatch", self._time_left())
+        send_rows(self.group, source, self.picks, arriving.tolist(), out, self.op, self._time_left())
         return out
 
     def _time_left(self) -> float:
         return max(self.deadline - time.monotonic(), 0.0)
-
-
-class _Spread:
-    """Puts compact rows where (row, top-k position) pairs say."""
-
-    def __init__(self, expanded_row: torch.Tensor, num_rows: int, do_zero: bool) -> None:
-        self.pairs = (expanded_row >= 0).nonzero()
-        self.target = expanded_row[self.pairs[:, 0], self.pairs[:, 1]].to(torch.int64)
-        self.num_rows = num_rows
-        self.do_zero = do_zero
-
-    def rows(self, compact: torch.Tensor) -> torch.Tensor:
-        """Give expanded rows [num_rows, ..] of compact ones [N, ..]; rows between experts zero if asked for."""
-        out = row_pool.empty(self.num_rows, compact.shape[1], compact.dtype, compact.device)
-        if self.do_zero:
-            as_bytes(out).zero_()
-        self.into(out, compact)
-        return out
-
-    def choices(self, values: torch.Tensor) -> torch.Tensor:
-        """Give one value per expanded row, [num_rows], of one per (compact row, position); 0 elsewhere."""
-        out = torch.zeros(self.num_rows, dtype=values.dtype, device=values.device)
-        out[self.target] = values[self.pairs[:, 0], self.pairs[:, 1]]
-        return out
-
-    def into(self, out: torch.Tensor, compact: torch.Tensor) -> None:
-        """Write expanded rows into `out` [num_rows, ..]."""
-        if out.element_size() == 1:
-            out, compact = out.view(torch.uint8), compact.view(torch.uint8)
-        out[self.target] = compact[self.pairs[:, 0]]
-
-    def into_3d(self, out: torch.Tensor, compact: torch.Tensor) -> None:
-        """Write padded rows into `out` [L, room, ..] of any strides."""
-        room = out.shape[1]
-        out[self.target // room, self.target % room] = compact[self.pairs[:, 0]]
 
 
 def _cast_payload(request: DispatchRequest) -> DispatchRequest:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from deepep.backends.base import Layout
 from deepep.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -33,6 +34,11 @@ class Notice:
     num_tokens_per_expert: tuple[int, ...] = ()
     num_worst_rows: int | None = None
     refusal: str | None = None
+
+
+def op_name(direction: str, layout: Layout) -> str:
+    """Give "dispatch" or "combine" the name of the method that the user called, for errors."""
+    return f"low_latency_{direction}" if layout is Layout.PADDED else direction
 
 
 def notify(group: Group, mine: Notice, timeout: float, masked: Collection[int] = ()) -> list[Notice | None]:
