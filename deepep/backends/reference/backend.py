@@ -92,9 +92,8 @@ class ReferenceBackend(Backend):
 
     def clean_low_latency_buffer(self, num_max_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
         """Wait for all ranks that are not masked, and compare shapes with them; there is no window to clean."""
-        terms: dict[str, object] = dict(
-            num_max_tokens_per_rank=num_max_tokens_per_rank, hidden=hidden, num_experts=num_experts
-        )
+        terms: dict[str, object] = {"num_max_tokens_per_rank": num_max_tokens_per_rank, "hidden": hidden}
+        terms["num_experts"] = num_experts
         notify(self.group, Notice("clean_low_latency_buffer", terms), self.options.timeout, self.masked)
 
     def next_combine_buffer(self, routing: Routing, hidden: int) -> torch.Tensor:
