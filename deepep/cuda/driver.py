@@ -1,19 +1,23 @@
 """The few CUDA driver calls that are not on the fast path, with errors that have a name.
 
 Everything goes through `cuda.bindings` (in the extras `cuda12` and `cuda13`), imported at the first call, so importing
-this file needs neither a GPU nor the package. Calls act on the context that is current in the calling thread, which
-torch makes current on its first use of a device.
+this file needs neither a GPU nor the package. Calls act on the context that is current in the calling thread. torch
+makes it current on the thread's first use of a device, which need not come before ours: `ensure_context` does.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 from types import ModuleType
 from typing import Any
 
 from deepep.errors import BackendUnavailable, DeepEPError
 
 REMEDY = "pip install 'deepep[cuda13]'  # or deepep[cuda12] beside a CUDA 12 driver"
+
+
+_thread = threading.local()
 
 
 class CudaError(DeepEPError, RuntimeError):
@@ -56,6 +60,24 @@ def call(name: str, *args: Any) -> Any:
     if not results:
         return None
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def ensure_context(device: int) -> None:
+    """Make the primary context of `device` current in this thread, if none is; nearly free from the second call on.
+
+    A thread of torch's autograd for device 0 has no context before something in it calls the CUDA runtime, and a
+    backward pass may begin with an operation of ours.
+    """
+    if getattr(_thread, "has_context", False):
+        return
+    if not int(call("cuCtxGetCurrent")):
+        call("cuCtxSetCurrent", _primary_context(device))
+    _thread.has_context = True
+
+
+@functools.cache
+def _primary_context(device: int) -> Any:
+    return call("cuDevicePrimaryCtxRetain", call("cuDeviceGet", device))
 
 
 def device_attribute(attribute: str, device: int) -> int:

@@ -104,6 +104,7 @@ class Engine:
 
     def launch(self, spec: jit.KernelSpec, num_sms: int, num_threads: int, smem: int, args: ctypes.Structure) -> None:
         """Start a kernel on torch's current stream."""
+        driver.ensure_context(self.device)
         handle = self._handles.get(spec)
         if handle is None:
             kernel = jit.load(spec, self.device)

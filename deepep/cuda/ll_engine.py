@@ -263,6 +263,7 @@ class LowLatencyEngine:
                 )
 
     def _launch(self, kernel: int, num_blocks: int, smem: int, args: ctypes.Structure) -> None:
+        driver.ensure_context(self._device)
         stream = torch._C._cuda_getCurrentRawStream(self._device)
         self._runtime.launch(kernel, num_blocks, ll_structs.NUM_THREADS, smem, stream, ctypes.addressof(args))
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from gpu_steps import step
+from gpu_steps import Step, step
 
 import deepep
 from deepep.testing.launch import Workers
@@ -18,6 +18,7 @@ NUM_BUFFERS = 50
 SLACK_BYTES = 64 << 20
 
 
+@pytest.mark.timeout(520)
 @pytest.mark.parametrize("what", ["calls", "buffers"])
 def test_memory_stays_where_it_was(what: str) -> None:
     with Workers(2, device="cuda") as workers:
@@ -26,7 +27,9 @@ def test_memory_stays_where_it_was(what: str) -> None:
 
 def many_calls(group: Any) -> None:
     buffer = deepep.Buffer(group, backend="ipc", timeout=20)
-    grown = growth(group, lambda: step(buffer, 2), num_warmups=50, num_runs=NUM_CALLS // 2)  # two calls a step
+    prepared = Step(buffer, 2)
+    grown = growth(group, prepared.run, num_warmups=50, num_runs=NUM_CALLS // 2)  # two calls a run
+    prepared.check(prepared.run())
     buffer.destroy()
     assert grown < SLACK_BYTES, f"{NUM_CALLS} calls took {grown} bytes"
 

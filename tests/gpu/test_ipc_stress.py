@@ -7,6 +7,7 @@ import random
 import time
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -18,6 +19,7 @@ NUM_RANKS = 4
 POISON_EVERY = 5
 
 
+@pytest.mark.timeout(870)
 def test_a_thousand_random_steps_equal_the_reference_and_repeat() -> None:
     with Workers(NUM_RANKS, device="cuda") as workers:
         first = workers.run(stress, NUM_STEPS, 1, True, timeout=550)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from deepep import env
-from deepep.cuda import compile_cli, jit, launch, sources
+from deepep.cuda import compile_cli, driver, jit, launch, sources
 from deepep.cuda.kernels import kernel_specs
 from deepep.cuda.ll_structs import CLEAN
 from deepep.errors import BackendUnavailable, InvalidArgument
@@ -121,3 +121,40 @@ def test_a_wait_lets_other_threads_run(runtime: launch.Runtime) -> None:
     thread.start()
     assert runtime.wait_word(ctypes.addressof(word), 2**40 + 7, 10.0)
     thread.join()
+
+
+def test_a_thread_without_a_context_gets_one_before_its_first_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    current, calls = threading.local(), list[str]()
+
+    def call(name: str, *args: int) -> int:
+        calls.append(name)
+        if name == "cuCtxSetCurrent":
+            current.context = args[0]
+        return {
+            "cuCtxGetCurrent": getattr(current, "context", 0),
+            "cuDeviceGet": 1,
+            "cuDevicePrimaryCtxRetain": 77,
+        }.get(name, 0)
+
+    def in_new_thread(given: int) -> tuple[int, list[str]]:
+        calls.clear()
+
+        def work() -> None:
+            current.context = given
+            driver.ensure_context(1)
+            driver.ensure_context(1)
+            seen.append(current.context)
+
+        seen = list[int]()
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        return seen[0], list(calls)
+
+    monkeypatch.setattr(driver, "call", call)
+    driver._primary_context.cache_clear()
+    first = ["cuCtxGetCurrent", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent"]
+    assert in_new_thread(0) == (77, first)
+    assert in_new_thread(0) == (77, ["cuCtxGetCurrent", "cuCtxSetCurrent"])
+    assert in_new_thread(5) == (5, ["cuCtxGetCurrent"])  # somebody's own: stays
+    driver._primary_context.cache_clear()
