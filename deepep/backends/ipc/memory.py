@@ -13,6 +13,7 @@ import ctypes
 import os
 import uuid
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,8 +59,12 @@ class _Remains:
             return
         with contextlib.suppress(DeepEPError):
             driver.call("cuCtxSynchronize")
-            for word in words:
-                driver.call("cuMemsetD32", word, 1, 1)
+        for word, pid in zip(words, self.pids, strict=True):
+            # Nobody reads a dead rank's memory, and writing to it may fail; the others must hear in any case.
+            if _is_alive(pid):
+                with contextlib.suppress(DeepEPError):
+                    driver.call("cuMemsetD32", word, 1, 1)
+        with contextlib.suppress(DeepEPError):
             driver.call("cuCtxSynchronize")
         for mapping in mappings:
             mapping.close()
@@ -103,12 +108,13 @@ class SymmetricMemory:
             BackendUnavailable: a rank could not allocate, or could not map another's; names them, on every rank.
             CommTimeout: a rank did not arrive.
         """
-        collect_remains()
         self.num_bytes, self.device = num_bytes, device
         self._timeout = timeout
         self._remains: _Remains | None = None
         with torch.cuda.device(device):
-            torch.cuda.current_stream(device).synchronize()  # makes the context current
+            driver.ensure_context(device)
+            collect_remains()
+            torch.cuda.current_stream(device).synchronize()
             failures: list[str] = []
             for kind in _KINDS:
                 failure = self._build(group, kind)
@@ -148,6 +154,7 @@ class SymmetricMemory:
         """Unmap the peers and give the memory back as soon as they have left. May be called twice, never raises."""
         self.retire()
         with contextlib.suppress(DeepEPError, RuntimeError), torch.cuda.device(self.device):
+            driver.ensure_context(self.device)
             collect_remains()
 
     def __del__(self) -> None:
@@ -264,4 +271,8 @@ def _is_alive(pid: int) -> bool:
         return False
     except OSError:
         return True
-    return True
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state != "Z"  # dead, and its parent has not looked yet
