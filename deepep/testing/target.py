@@ -70,7 +70,11 @@ class Target:
 
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
         """Move a tensor to where the backend works; strides are kept."""
-        return tensor.to(self.device)
+        placed = tensor.to(self.device)
+        if placed.stride() == tensor.stride():
+            return placed
+        # `to` keeps strides only where elements leave no gaps.
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=self.device).copy_(tensor)
 
     def payload(self, x: torch.Tensor, sf: torch.Tensor | None) -> Any:
         """Hand a payload over as programs do: alone, or as a pair with its scale factors."""
