@@ -1,4 +1,4 @@
-"""A rank that dies: the others hear who it was, keep their GPU, and go on without it."""
+"""A rank that is lost: the others hear which it was, keep their GPU, and go on without it."""
 
 from __future__ import annotations
 
@@ -18,23 +18,29 @@ from deepep.testing.launch import Workers
 NUM_RANKS = 4
 VICTIM = 2
 TIMEOUT = 3.0
+WARM_UP_TIMEOUT = 30.0
 
 
-def test_a_killed_rank_is_named_and_the_others_go_on() -> None:
+@pytest.mark.parametrize("how", ["stays away", "is killed"])
+def test_the_others_name_the_lost_rank_and_go_on(how: str) -> None:
     with Workers(NUM_RANKS, device="cuda") as workers:
-        results = workers.run(lose_a_rank, timeout=120, return_exceptions=True)
-    for rank, result in enumerate(results):
-        if rank != VICTIM:
-            assert result == "went on", f"rank {rank}: {result}"
+        results = workers.run(lose_a_rank, how, timeout=120, allow_dead=True, return_exceptions=True)
+    seen = {rank: f"{result!r}; {result.__cause__}" for rank, result in enumerate(results) if result != "went on"}
+    seen.pop(VICTIM, None)
+    assert not seen, seen
 
 
-def lose_a_rank(group: Any) -> str:
+def lose_a_rank(group: Any, how: str) -> str:
     rank = dist.get_rank(group)
-    survivors = dist.new_group([other for other in range(NUM_RANKS) if other != VICTIM])
+    others = dist.new_group([other for other in range(NUM_RANKS) if other != VICTIM])
+    warm_up(group)
     buffer = deepep.Buffer(group, backend="ipc", timeout=TIMEOUT)
     step(buffer, NUM_RANKS)
+    dist.barrier(group)  # nobody reads the victim's window any more
     if rank == VICTIM:
-        os.kill(os.getpid(), signal.SIGKILL)
+        if how == "is killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "stayed away"
     started = time.monotonic()
     with pytest.raises(deepep.CommTimeout) as caught:
         step(buffer, NUM_RANKS)
@@ -44,8 +50,16 @@ def lose_a_rank(group: Any) -> str:
         step(buffer, NUM_RANKS)
     buffer.destroy()
     assert int(torch.ones(4, device="cuda").sum()) == 4  # the context lives
-    smaller = deepep.Buffer(survivors, backend="ipc", timeout=TIMEOUT)
+    smaller = deepep.Buffer(others, backend="ipc", timeout=TIMEOUT)
     for _ in range(3):
         step(smaller, NUM_RANKS - 1)
+    dist.barrier(others)
     smaller.destroy()
     return "went on"
+
+
+def warm_up(group: Any) -> None:
+    """Load kernels and modules: ranks do so at different speeds, and a short limit would take the slow for lost."""
+    buffer = deepep.Buffer(group, backend="ipc", timeout=WARM_UP_TIMEOUT)
+    step(buffer, NUM_RANKS)
+    buffer.destroy()
