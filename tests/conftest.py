@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from deepep.backends import registry
 from deepep.testing.launch import Workers
 from deepep.testing.target import ContractViolation, Target
 
 _CALL_TIMEOUT = 120.0
+_REASON_HALF = 1500  # characters
 
 
 class Ranks:
@@ -71,8 +73,35 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("ranks", pairs, ids=names, indirect=True, scope="session")
 
 
+def pytest_exception_interact(
+    node: pytest.Item | pytest.Collector, call: pytest.CallInfo[Any], report: pytest.CollectReport | pytest.TestReport
+) -> None:
+    """Say at once what failed and why, so that a run that is cut off by a time limit has said so."""
+    reporter = node.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or call.excinfo is None:
+        return
+    error = call.excinfo.value
+    reason = f"{type(error).__name__}: {error}"
+    if error.__cause__ is not None:  # the traceback of the rank where it happened
+        reason += f"\n{error.__cause__}"
+    if len(reason) > 2 * _REASON_HALF:
+        reason = f"{reason[:_REASON_HALF]}\n[...]\n{reason[-_REASON_HALF:]}"
+    reporter.write(f"\nFAILED {report.nodeid}: {reason}\n", flush=True)
+
+
 @pytest.fixture(scope="session")
-def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+def kernels() -> None:
+    """Compile where there is a GPU, before ranks do so in the middle of their first calls, at different speeds."""
+    if registry.probe("ipc").availability.ok:
+        from deepep.cuda import jit
+        from deepep.cuda.kernels import kernel_specs
+
+        major, minor = torch.cuda.get_device_capability()
+        jit.compile_all(kernel_specs(), [f"sm_{major}{minor}"])
+
+
+@pytest.fixture(scope="session")
+def ranks(request: pytest.FixtureRequest, kernels: None) -> Iterator[Ranks]:  # noqa: ARG001
     backend, num_ranks = request.param
     status = registry.probe(backend)
     if not status.availability.ok:

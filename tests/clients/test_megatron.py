@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from prepared_workers import PreparedWorkers
 
 from deepep.testing.launch import Workers
 
@@ -21,7 +22,7 @@ HIDDEN, NUM_TOPK = 64, 4
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda num_ranks: f"R{num_ranks}")
-def workers(request: pytest.FixtureRequest) -> Iterator[Workers]:
+def workers(request: pytest.FixtureRequest, kernels: None) -> Iterator[Workers]:  # noqa: ARG001
     try:
         version("megatron-core")
     except PackageNotFoundError:
@@ -29,9 +30,9 @@ def workers(request: pytest.FixtureRequest) -> Iterator[Workers]:
     device = request.config.getoption("--device")
     # NCCL serves the client's own collectives; it takes one rank per GPU.
     has_gpus = device == "cuda" and torch.cuda.device_count() >= request.param
-    with Workers(request.param, backend="cpu:gloo,cuda:nccl" if has_gpus else "gloo", device=device) as running:
-        backend = request.config.getoption("--backend").split(",")[0]
-        running.run(prepare, backend, device)
+    collectives = "cpu:gloo,cuda:nccl" if has_gpus else "gloo"
+    backend = request.config.getoption("--backend").split(",")[0]
+    with PreparedWorkers(request.param, prepare, backend, device, backend=collectives, device=device) as running:
         yield running
 
 
@@ -54,6 +55,8 @@ def prepare(group: Any, backend: str, device: str) -> None:
     from deepep import compat
 
     os.environ["DEEPEP_BACKEND"] = backend  # the client builds its buffer itself and knows no such argument
+    if device == "cuda":
+        os.environ["DEEPEP_TIMEOUT"] = "10"  # less than `Workers` waits for the peers of a rank that failed
     compat.install()
     warnings.filterwarnings("ignore")  # it warns of every optional package that is missing
     # It compiles small functions with torch.compile, which here costs minutes and shows nothing.

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from prepared_workers import PreparedWorkers
 
 from deepep.testing.launch import Workers
 
@@ -26,14 +27,14 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the largest number
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda num_ranks: f"R{num_ranks}")
-def workers(request: pytest.FixtureRequest) -> Iterator[Workers]:
+def workers(request: pytest.FixtureRequest, kernels: None) -> Iterator[Workers]:  # noqa: ARG001
     try:
         path = Path(str(distribution("torchtitan").locate_file(CLIENT)))
     except PackageNotFoundError:
         pytest.skip(f"TorchTitan is not installed: pip install --no-deps torchtitan=={WANTED}")
     device = request.config.getoption("--device")
-    with Workers(request.param, device=device) as running:
-        running.run(prepare, path, request.config.getoption("--backend").split(",")[0], device)
+    backend = request.config.getoption("--backend").split(",")[0]
+    with PreparedWorkers(request.param, prepare, path, backend, device, device=device) as running:
         yield running
 
 
@@ -65,6 +66,8 @@ def prepare(group: Any, path: Path, backend: str, device: str) -> None:
     from deepep import compat
 
     os.environ["DEEPEP_BACKEND"] = backend  # the client builds its buffer itself and knows no such argument
+    if device == "cuda":
+        os.environ["DEEPEP_TIMEOUT"] = "10"  # less than `Workers` waits for the peers of a rank that failed
     compat.install()
     spec = importlib.util.spec_from_file_location(MODULE, path)
     if spec is None or spec.loader is None:

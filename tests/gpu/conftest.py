@@ -8,6 +8,11 @@ import torch
 from deepep.backends import registry
 
 
+@pytest.fixture(autouse=True)
+def _compiled(kernels: None) -> None:
+    """Ranks find their kernels in the cache."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     status = registry.probe("ipc") if torch.cuda.is_available() else None
     if status is None or not status.availability.ok:
