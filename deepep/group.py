@@ -211,7 +211,8 @@ def _over_torch(group: Any) -> Group:
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
+    # Not `reshape`: it keeps whatever stride a single element has, and `view` wants 1.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def _moved(flat: torch.Tensor, device: torch.device) -> torch.Tensor:

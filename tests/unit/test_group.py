@@ -56,6 +56,19 @@ def test_exchange_of_unequal_and_empty_tensors(
     assert all(four.run(exchange, num_ranks, kind, rows, dtype))
 
 
+def exchange_one(group: Any) -> bool:
+    """One element of stride 0 is contiguous."""
+    ours = make_group(group)
+    one = torch.tensor(7 + ours.rank).expand(1, 1)
+    recv = [torch.zeros(1, 1, dtype=torch.int64) for _ in range(ours.num_ranks)]
+    ours.exchange([one] * ours.num_ranks, recv, op="test", timeout=TIMEOUT)
+    return torch.cat(recv).flatten().tolist() == [7 + peer for peer in range(ours.num_ranks)]
+
+
+def test_exchange_of_a_single_element_of_any_stride(four: Workers) -> None:
+    assert all(four.run(exchange_one))
+
+
 def gather(group: Any, kind: str) -> list[Any]:
     ours = make(group, kind)
     ours.barrier(op="test", timeout=TIMEOUT)
