@@ -111,4 +111,5 @@ def poison(buffer: deepep.Buffer, group: Any) -> None:
 
 
 def as_bits(value: torch.Tensor) -> torch.Tensor:
-    return value.contiguous().view(torch.uint8)
+    # Where nothing or one element lies, the last stride may be anything, and `view` wants 1.
+    return value.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8)

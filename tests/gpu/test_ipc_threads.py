@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,10 +41,16 @@ def call_elsewhere(group: Any) -> str:
     buffer = deepep.Buffer(group, backend="ipc", timeout=20)
     prepared, decoder = Step(buffer, 2), Decoder(group, timeout=20)
     decoder.draw(1)
-    wanted, results = decoder.step(), list[torch.Tensor]()
+    wanted = decoder.step()
     prepared.check(prepared.run())
+    results: list[torch.Tensor] = []
+
+    def call(work: Callable[[], torch.Tensor]) -> None:
+        torch.cuda.set_device(prepared.x.device)  # each thread has its own; this alone makes no context for device 0
+        results.append(work())
+
     for work in (prepared.run, decoder.step):
-        thread = threading.Thread(target=lambda work=work: results.append(work()))
+        thread = threading.Thread(target=call, args=(work,))
         thread.start()
         thread.join()
     prepared.check(results[0])
