@@ -36,6 +36,8 @@ def _run(chosen: argparse.Namespace) -> int:
         num_topk=chosen.num_topk,
         is_digested=chosen.digest,
     )
+    if ranks.launcher() is None:
+        options.experts_of(0, chosen.num_ranks or ranks.DEFAULT_NUM_RANKS)  # said before processes start
     started = time.monotonic()
     outcomes = ranks.run_on_ranks(run_rank, options, num_ranks=chosen.num_ranks, device=options.device)
     if outcomes is None:
