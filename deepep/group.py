@@ -54,10 +54,7 @@ class Group(ABC):
         rank: this rank inside the group.
         num_ranks: size of the group.
         raw: the process group or communicator that was passed in.
-        is_mpi: whether `raw` is an mpi4py communicator.
     """
-
-    is_mpi = False
 
     def __init__(self, raw: Any, rank: int, num_ranks: int, device: torch.device) -> None:
         self.raw = raw
@@ -66,11 +63,6 @@ class Group(ABC):
         self._lock = threading.Lock()
         self._device = device
         self._lost: tuple[int, ...] | None = None
-
-    @property
-    def lost_ranks(self) -> tuple[int, ...] | None:
-        """The ranks whose absence broke this group, or None while it works."""
-        return self._lost
 
     def exchange(self, send: Sequence[torch.Tensor], recv: Sequence[torch.Tensor], *, op: str, timeout: float) -> None:
         """All-to-all: `send[p]` goes to rank p and lands in its `recv[rank]`.

@@ -59,8 +59,6 @@ class MpiGroup(Group):
         CommTimeout: the duplication did not finish within `DEEPEP_TIMEOUT` seconds.
     """
 
-    is_mpi = True
-
     def __init__(self, comm: Any) -> None:
         if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
             raise InvalidArgument(f"comm={comm!r}: expected an mpi4py.MPI.Intracomm that this process is a member of")

@@ -78,7 +78,6 @@ class BackendOptions:
     allow_hybrid_mode: bool = True  # False: a combine across hosts adds up ranks at once, not hosts first
     low_latency_mode: bool = False
     enable_shrink: bool = False
-    num_sms: int = 0
     timeout: float = 100.0
 
 

@@ -9,7 +9,6 @@ import torch
 from deepep.errors import InvalidArgument
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
-LAYOUTS = ("compact", "expanded", "padded")
 ROUTINGS = ("balanced", "unbalanced")
 SF_GROUP = 128  # channels per scale factor of an FP8 payload
 EXPERT_ALIGNMENT = 128  # of expanded rows, as grouped GEMMs want it

@@ -61,7 +61,7 @@ def check_late_rank(group: Group) -> None:
 def main() -> None:
     comm = MPI.COMM_WORLD
     group, other = make_group(comm=comm), make_group(comm=comm)
-    assert (group.rank, group.num_ranks, group.raw, group.is_mpi) == (comm.rank, NUM_RANKS, comm, True)
+    assert (group.rank, group.num_ranks, group.raw) == (comm.rank, NUM_RANKS, comm)
     for rows, dtype in ((3, torch.bfloat16), (1, torch.float8_e4m3fn), (1 << 18, torch.float32)):
         check_exchange(group, rows, dtype)
     assert group.all_gather_object(comm.rank, op="test", timeout=30.0) == list(range(NUM_RANKS))
