@@ -21,6 +21,7 @@ import torch
 
 from deepep import env, ranks
 from deepep.backends import registry
+from deepep.backends.base import Capabilities, Layout
 from deepep.errors import DeepEPError
 from deepep.group import Group
 from deepep.topology import Topology
@@ -61,7 +62,7 @@ def examine(topology: Topology | None) -> dict[str, Any]:
         "links": _links(),
         "ranks": _ranks(topology),
         "backends": [
-            {"name": status.name, **vars(status.availability)}
+            {"name": status.name, **vars(status.availability), "capabilities": _capabilities(status.capabilities)}
             for status in (registry.probe(name, topology) for name in registry.names())
         ],
     }
@@ -91,7 +92,21 @@ def as_text(found: dict[str, Any]) -> str:
         )
         if backend["remedy"] and not backend["ok"]:
             lines.append(f"  {'':10} mend it: {backend['remedy']}")
+        if backend["capabilities"]:
+            lines.append(f"  {'':10} {_capabilities_as_text(backend['capabilities'])}")
     return "\n".join(lines)
+
+
+def _capabilities_as_text(able: dict[str, Any]) -> str:
+    text = [
+        f"{' and '.join(able['devices'])} tensors",
+        f"{', '.join(able['layouts'])} rows",
+        f"up to {able['max_topk']} experts per token",
+        "any number of hosts" if able["spans_hosts"] else "one host",
+    ]
+    text += ["CUDA graphs"] if able["graph_capture"] else []
+    text += ["input buffers read in place"] if able["zero_copy"] else []
+    return "; ".join(text)
 
 
 def _ranks_as_text(found: dict[str, Any] | None) -> list[str]:
@@ -114,6 +129,13 @@ def _placed_ranks() -> list[Topology] | None:
 
 def _topology(group: Group) -> Topology:
     return Topology.discover(group, use_cuda=torch.cuda.is_available(), timeout=env.timeout())
+
+
+def _capabilities(able: Capabilities | None) -> dict[str, Any] | None:
+    if able is None:
+        return None
+    layouts = [layout.value for layout in Layout if layout in able.layouts]
+    return {**vars(able), "devices": sorted(able.devices), "layouts": layouts}
 
 
 def _versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from deepep import env
-from deepep.backends.base import Availability, Backend
+from deepep.backends.base import Availability, Backend, Capabilities
 from deepep.errors import BackendUnavailable, InvalidArgument
 
 if TYPE_CHECKING:
@@ -30,10 +30,11 @@ _BUILT_IN = {
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """One line of the backend table."""
+    """One line of the backend table; capabilities where the backend is available."""
 
     name: str
     availability: Availability
+    capabilities: Capabilities | None = None
 
     def __str__(self) -> str:
         if self.availability.ok:
@@ -77,9 +78,11 @@ def probe(name: str, topology: Topology | None = None) -> BackendStatus:
         availability = backend.probe()
         if availability.ok and topology is not None:
             availability = backend.probe_topology(topology)
+        capabilities = backend.capabilities() if availability.ok else None
     except Exception as error:  # noqa: BLE001  a probe must not raise, and one that does must not spoil the table
         availability = Availability(False, f"its probe failed with {type(error).__name__}: {error}")
-    return BackendStatus(name, availability)
+        capabilities = None
+    return BackendStatus(name, availability, capabilities)
 
 
 def requested(backend: str | None) -> str:

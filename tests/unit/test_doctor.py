@@ -32,6 +32,10 @@ def test_json_and_text_tell_the_same(capsys: pytest.CaptureFixture[str]) -> None
     assert "reference  available" in printed
     for backend in found["backends"]:
         assert backend["reason"] in printed
+    reference = found["backends"][2]["capabilities"]
+    assert (reference["devices"], reference["layouts"]) == (["cpu", "cuda"], ["compact", "expanded", "padded"])
+    assert "cpu and cuda tensors; compact, expanded, padded rows; up to 64 experts per token; any number" in printed
+    assert all((backend["capabilities"] is not None) == backend["ok"] for backend in found["backends"])
 
 
 def test_places_of_ranks_are_told() -> None:
