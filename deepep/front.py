@@ -58,6 +58,7 @@ class Front:
     ) -> None:
         # What is wrong here, `problem` included, is reported when ranks agree, so that none waits for one that left.
         self._broken: str | None = None
+        self._missing: set[int] = set()  # the ranks whose absence broke it
         self._backend: Backend | None = None
         self._owner = next(_owner_numbers)
         self._comm_stream = CommStream()
@@ -139,6 +140,20 @@ class Front:
             raise BufferDestroyed(f"{op}: this buffer broke earlier ({self._broken}); destroy it and build a new one")
         return self._backend
 
+    def _update_mask(self, op: str, rank: int, mask: bool) -> None:
+        """Mask a rank, or take it back; a buffer that broke goes on once all the ranks it missed are masked.
+
+        What else broke with them stays so: a backend or a group that cannot go on says that itself.
+        """
+        broken, self._broken = self._broken, None
+        try:
+            self._alive(op).update_mask(rank, mask)
+        finally:
+            self._broken = broken
+        if mask and broken is not None:
+            self._missing.discard(rank)
+            self._broken = broken if self._missing else None
+
     @contextmanager
     def _checking(self, op: str) -> Iterator[Backend]:
         """Turn a refused argument into the same error on every rank, before anything is sent."""
@@ -191,7 +206,8 @@ class Front:
                 work, inputs, is_async=is_async, previous_event=previous_event, on_cuda=on_cuda
             )
         except CommTimeout as error:
-            self._broken = str(error)
+            # Who is missing may be unknown; then no mask mends it.
+            self._broken, self._missing = str(error), set(error.missing_ranks) or {-1}
             raise
 
 

@@ -200,12 +200,16 @@ class LowLatencyMixin(_Base):
         self._run(lambda: backend.clean_low_latency_buffer(*shape), (), False, False, None)
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
-        """Leave a rank out of low-latency operations (`mask=True`), or take it back in."""
+        """Leave a rank out of low-latency operations (`mask=True`), or take it back in.
+
+        A buffer that a `CommTimeout` broke goes on in low latency once every rank that it named is masked, where the
+        backend can (`ipc`).
+        """
         op = "low_latency_update_mask_buffer"
         if not 0 <= rank_to_mask < self.group_size or rank_to_mask == self.rank:
             raise InvalidArgument(f"{op}: rank_to_mask is {rank_to_mask}; it must be another rank of the group")
         self._shrinkable(op)
-        self._alive(op).update_mask(rank_to_mask, mask)
+        self._update_mask(op, rank_to_mask, mask)
 
     def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
         """Write 1 for masked ranks and 0 for the others into `mask_status`, [R] int32."""

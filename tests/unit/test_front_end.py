@@ -65,6 +65,33 @@ def clean(group: Any) -> list[Outcome]:
     return [done, bad, attempt(buffer.clean_low_latency_buffer, M, H + 128 * group.rank(), E)]
 
 
+def test_a_broken_buffer_goes_on_when_those_that_it_missed_are_masked(workers: Workers) -> None:
+    (lost, after_one, after_both), _ = workers.run(mask_the_lost)
+    assert lost == ("BufferDestroyed", lost[1])
+    assert_says(lost[1], "this buffer broke earlier .*rank.s. 1, 2 did not arrive")
+    assert after_one == lost
+    assert after_both is None
+
+
+def mask_the_lost(group: Any) -> list[Outcome]:
+    buffer = deepep.Buffer(group, backend="reference", enable_shrink=True)
+    if group.rank() == 1:
+        return []
+    scene, outcomes = Scene(buffer), []
+
+    def lose() -> None:
+        raise deepep.CommTimeout("test", [1, 2], 1.0)
+
+    with pytest.raises(deepep.CommTimeout):
+        buffer._run(lose, (), False, False, None)
+    outcomes.append(attempt(scene.ll_combine))
+    buffer.low_latency_update_mask_buffer(1, True)
+    outcomes.append(attempt(scene.ll_combine))
+    buffer._missing.discard(2)  # a third rank, which is not here
+    buffer.low_latency_update_mask_buffer(1, True)
+    return [*outcomes, attempt(scene.ll_combine)]
+
+
 def test_a_destroyed_buffer_says_so(workers: Workers) -> None:
     for outcomes in workers.run(use_after_destroy):
         for kind, text in outcomes:
