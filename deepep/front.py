@@ -156,16 +156,20 @@ class Front:
 
     @contextmanager
     def _checking(self, op: str) -> Iterator[Backend]:
-        """Turn a refused argument into the same error on every rank, before anything is sent."""
+        """Turn a refused argument into the same error on every rank, before anything is sent.
+
+        What is so wrong that the checks themselves trip over it is refused as well.
+        """
         backend = self._alive(op)
         try:
             yield backend
         except InvalidArgument as error:
-            try:
-                backend.refuse(op, error)
-            except DeepEPError as unreached:
-                raise error from unreached
+            _refuse(backend, op, error)
             raise
+        except (AttributeError, TypeError, ValueError) as error:
+            refused = InvalidArgument(f"{op}: an argument is of a wrong kind: {type(error).__name__}: {error}")
+            _refuse(backend, op, refused)
+            raise refused from error
 
     def _dispatch(
         self, op: str, request: DispatchRequest, is_async: bool, previous_event: Event | None
@@ -209,6 +213,13 @@ class Front:
             # Who is missing may be unknown; then no mask mends it.
             self._broken, self._missing = str(error), set(error.missing_ranks) or {-1}
             raise
+
+
+def _refuse(backend: Backend, op: str, error: InvalidArgument) -> None:
+    try:
+        backend.refuse(op, error)
+    except DeepEPError as unreached:
+        raise error from unreached
 
 
 def _checked_timeout(timeout: float | None, default: float) -> float:

@@ -64,6 +64,8 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
         "dispatch", _spoilt(num_tokens_per_rdma_rank=torch.zeros(2).int()), r"per_rdma_rank is .*int32 \[1\]",
     ),
     "alignment 0": ("dispatch", _spoilt(expert_alignment=0), "expert_alignment=0"),
+    "alignment in words": ("dispatch", _spoilt(expert_alignment="4"), "wrong kind: TypeError: .*'str' and 'int'"),
+    "no config": ("dispatch", _spoilt(config=3), "wrong kind: AttributeError: 'int' object has no attribute 'num_sms'"),
     "negative worst case": ("dispatch", _spoilt(num_worst_tokens=-1), "num_worst_tokens=-1"),
     "allocation without event": (
         "dispatch", _spoilt(allocate_on_comm_stream=True, async_finish=True), "needs previous_event",
