@@ -102,6 +102,22 @@ class Front:
         """Give the stream that asynchronous calls of this buffer run on; `UnsupportedOperation` without a GPU."""
         return self._comm_stream.get()
 
+    def get_dispatch_input_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Give a tensor inside the window: a dispatch of it is not staged.
+
+        Args:
+            shape: [T, H] of the payload.
+            dtype: of the payload.
+
+        Raises:
+            UnsupportedOperation: the backend reads nothing in place.
+        """
+        return self._alive("get_dispatch_input_buffer").dispatch_input_buffer(shape, dtype)
+
+    def get_combine_input_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Give a tensor inside the window: a combine of it is not staged; otherwise as the dispatch one."""
+        return self._alive("get_combine_input_buffer").combine_input_buffer(shape, dtype)
+
     def _agree_on_backend(
         self, wanted: str, on_cuda: bool, options: dict[str, Any], problem: DeepEPError | None
     ) -> type[Backend]:

@@ -296,6 +296,21 @@ def ask_for_stream(group: Any) -> Outcome:
     return attempt(deepep.Buffer(group, backend="reference").get_comm_stream)
 
 
+def test_a_backend_without_windows_reads_nothing_in_place(workers: Workers) -> None:
+    for outcomes in workers.run(ask_for_input_buffers):
+        for kind, text in outcomes:
+            assert kind == "UnsupportedOperation"
+            assert_says(text, "input_buffer: backend 'reference' does not offer this operation; ipc does")
+
+
+def ask_for_input_buffers(group: Any) -> list[Outcome]:
+    buffer = deepep.Buffer(group, backend="reference")
+    return [
+        attempt(buffer.get_dispatch_input_buffer, (4, H), BF16),
+        attempt(buffer.get_combine_input_buffer, (4, H), BF16),
+    ]
+
+
 def test_unknown_names_are_attribute_errors() -> None:
     with pytest.raises(AttributeError, match="HybridEPBuffer"):
         _ = deepep.HybridEPBuffer
