@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import abc
 import enum
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from deepep.errors import InvalidArgument, UnsupportedOperation
@@ -250,7 +250,12 @@ class Traffic:
 
     num_rows: int = 0
     num_bytes: int = 0
-    num_calls: dict[str, int] = field(default_factory=dict)
+
+    def add(self, num_rows: Sequence[int], rank: int, row_bytes: int) -> None:
+        """Count `num_rows[r]` rows sent to each rank r, but for those that stayed on `rank`."""
+        remote = sum(num_rows) - num_rows[rank]
+        self.num_rows += remote
+        self.num_bytes += remote * row_bytes
 
 
 class Backend(abc.ABC):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from deepep import env
 from deepep.cuda import jit
 from deepep.cuda.kernels import kernel_specs
 from deepep.errors import DeepEPError
+from deepep.progress import progress_bar
 
 DEFAULT_ARCHS = ["sm_80", "sm_90", "sm_100"]
 
@@ -25,7 +24,8 @@ def main(args: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     try:
         specs = kernel_specs()
-        with _progress_bar(len({(spec.source, spec.defines) for spec in specs}) * len(options.arch)) as bar:
+        num_files = len({(spec.source, spec.defines) for spec in specs})
+        with progress_bar(num_files * len(options.arch), "compile", "kernel") as bar:
             report = jit.compile_all(specs, options.arch, lambda _: bar.update())
     except DeepEPError as error:
         print(error, file=sys.stderr)
@@ -36,16 +36,3 @@ def main(args: Sequence[str] | None = None) -> int:
     seconds = time.monotonic() - started
     print(f"{len(report)} kernel files in {env.cache_dir()} ({seconds:.1f} s, NVRTC {jit.nvrtc_version()})")
     return 0
-
-
-class _Silent:
-    def update(self) -> None:
-        """Take the place of a progress bar where tqdm is not installed."""
-
-
-def _progress_bar(total: int) -> contextlib.AbstractContextManager[Any]:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return contextlib.nullcontext(_Silent())
-    return tqdm(total=total, desc="compile", unit="kernel", leave=False)

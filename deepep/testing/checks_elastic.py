@@ -13,7 +13,7 @@ from deepep.testing.routing import Case, make_bias, make_outputs
 from deepep.testing.target import Findings, Target, poisoned
 
 #: Tensor fields that clients save for a recomputation, clear, and put back.
-_SAVED_FIELDS = (
+SAVED_FIELDS = (
     "topk_idx",
     "psum_num_recv_tokens_per_scaleup_rank",
     "psum_num_recv_tokens_per_expert",
@@ -99,7 +99,7 @@ def check_elastic_restored_handle(group: Any, target: Target, case: Case) -> Non
         handle = first[3]
         mine = target.put(make_outputs(case, scene.rank, len(_x_of(first[0]))))
         before = buffer.combine(mine, handle)[0]
-        saved = {name: getattr(handle, name) for name in _SAVED_FIELDS}
+        saved = {name: getattr(handle, name) for name in SAVED_FIELDS}
         for name in saved:
             setattr(handle, name, None)
         for name, value in saved.items():

@@ -16,20 +16,11 @@ import deepep
 from deepep.compat import refs
 from deepep.elastic_sizes import SIZE_ALIGNMENT, theoretical_num_qps, theoretical_num_sms
 from deepep.layout import last_slots, topk_ranks
+from deepep.testing.checks_elastic import SAVED_FIELDS
 from deepep.testing.launch import Workers
 from deepep.topology import Topology
 
 HIDDEN, NUM_TOPK, NUM_EXPERTS, MAX_TOKENS = 32, 3, 8, 9
-SAVED = (
-    "topk_idx",
-    "psum_num_recv_tokens_per_scaleup_rank",
-    "psum_num_recv_tokens_per_expert",
-    "recv_src_metadata",
-    "dst_buffer_slot_idx",
-    "token_metadata_at_forward",
-    "channel_linked_list",
-    "num_unaligned_recv_tokens_per_expert",
-)
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +65,9 @@ def recompute(group: Any, do_expand: bool, do_cpu_sync: bool, num_hosts: int) ->
     num_real = handle.num_recv_tokens if do_cpu_sync else int(handle.psum_num_recv_tokens_per_scaleup_rank[-1])
     rows = torch.ones(len(recv), dtype=torch.bool) if do_expand else torch.arange(len(recv)) < num_real
     y = buffer.combine(recv, handle)[0]
-    saved = {name: getattr(handle, name) for name in SAVED}
+    saved = {name: getattr(handle, name) for name in SAVED_FIELDS}
     shadow = copy.copy(handle)
-    for name in SAVED:
+    for name in SAVED_FIELDS:
         setattr(handle, name, None)
     with pytest.raises(deepep.InvalidArgument, match="topk_idx"):
         buffer.combine(recv, handle)
@@ -111,7 +102,7 @@ def foreign_fields(group: Any) -> None:
     recv, _, _, handle, _ = buffer.dispatch(x, idx, weights, num_experts=NUM_EXPERTS)
     wanted, _, _, replaced, _ = buffer.dispatch(x, other_idx, other_weights, num_experts=NUM_EXPERTS)
     before = buffer.combine(recv, handle)[0]
-    for name in SAVED:
+    for name in SAVED_FIELDS:
         setattr(handle, name, getattr(replaced, name))
     assert same_bits(buffer.dispatch(x, handle=handle)[0], wanted)
     handle = buffer.dispatch(x, idx, weights, num_experts=NUM_EXPERTS)[3]

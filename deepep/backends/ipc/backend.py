@@ -83,10 +83,8 @@ class IpcBackend(Backend):
 
         result = dispatch(self._engine, request)
         sent = result.routing.private
-        if isinstance(sent, Sent):
-            self._count("dispatch", sent.num_rows, sent.row_bytes)
-        else:
-            self._count("dispatch", (), 0)
+        if isinstance(sent, Sent) and sent.num_rows:  # else the host does not know how many there were
+            self.traffic.add(sent.num_rows, self.group.rank, sent.row_bytes)
         return result
 
     def combine(self, request: CombineRequest) -> CombineResult:
@@ -95,9 +93,7 @@ class IpcBackend(Backend):
             return self._ll("low_latency_combine").combine(request)
         from deepep.cuda.combine import combine
 
-        result = combine(self._engine, request)
-        self._count("combine", (), 0)
-        return result
+        return combine(self._engine, request)
 
     def barrier(self) -> None:
         """Let the current stream go on once every rank has called this."""
@@ -162,10 +158,3 @@ class IpcBackend(Backend):
         if self._low_latency is None:
             raise InvalidArgument(f"{op}: this buffer was built without low_latency_mode=True")
         return self._low_latency
-
-    def _count(self, op: str, num_rows: tuple[int, ...], row_bytes: int) -> None:
-        """Count rows sent to other ranks, where the host knows how many they were."""
-        remote = sum(num_rows) - (num_rows[self.group.rank] if num_rows else 0)
-        self.traffic.num_rows += remote
-        self.traffic.num_bytes += remote * row_bytes
-        self.traffic.num_calls[op] = self.traffic.num_calls.get(op, 0) + 1

@@ -129,13 +129,6 @@ class ReferenceBackend(Backend):
             self._local[use_rdma_buffer] = torch.zeros(size, dtype=torch.uint8, device=device)
         return self._local[use_rdma_buffer]
 
-    def count_traffic(self, op: str, num_rows: list[int], row_bytes: int) -> None:
-        """Count rows sent to other ranks."""
-        remote = sum(num_rows) - num_rows[self.group.rank]
-        self.traffic.num_rows += remote
-        self.traffic.num_bytes += remote * row_bytes
-        self.traffic.num_calls[op] = self.traffic.num_calls.get(op, 0) + 1
-
     def count_wait(self, stats: torch.Tensor | None, num_rows: torch.Tensor, seconds: float) -> None:
         """Add the time of an exchange to each rank that sent rows in it: all are waited for together here."""
         if stats is not None:

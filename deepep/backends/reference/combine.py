@@ -10,7 +10,7 @@ import torch
 from deepep import quant
 from deepep.backends.base import CombineRequest, CombineResult, Layout, Reduction, WeightSource
 from deepep.backends.reference.notify import Notice, notify, op_name
-from deepep.backends.reference.rows import ordered_sum, return_rows, send_rows, tokens_of_ranks
+from deepep.backends.reference.rows import ordered_sum, return_rows, send_rows, tokens_of_ranks, without
 from deepep.errors import InvalidArgument
 from deepep.layout import last_slots, slot_positions, topk_ranks
 
@@ -42,9 +42,7 @@ class _Combine:
         self.num_ranks = backend.group.num_ranks
         self.deadline = time.monotonic() + backend.options.timeout
         masked = backend.masked
-        self.dst_rank = self.routing.dst_rank.to(torch.int64)
-        for rank in masked:
-            self.dst_rank = torch.where(self.dst_rank == rank, -1, self.dst_rank)
+        self.dst_rank = without(self.routing.dst_rank.to(torch.int64), masked)
         psum = self.routing.psum_num_recv_tokens_per_rank.cpu().to(torch.int64)
         # Compact rows of each source rank here, and of mine at each destination.
         self.held = [(int(end - n), int(end)) for end, n in zip(psum, psum.diff(prepend=psum[:1] * 0), strict=True)]
@@ -105,8 +103,7 @@ class _Combine:
             counts.append(copies[-1].numel())
         travelling = self._cast(self.payload.index_select(0, torch.cat(copies).to(torch.int64)))
         ranks = topk_ranks(routing.topk_idx, routing.num_experts // self.num_ranks)
-        for rank in self.backend.masked:
-            ranks = torch.where(ranks == rank, -1, ranks)
+        ranks = without(ranks, self.backend.masked)
         coming = [int((ranks == rank).sum()) for rank in range(self.num_ranks)]
         home = self._exchange_back(travelling, counts, coming)
         # Copies of one rank arrive in (token, top-k position) order: number them so.
@@ -142,7 +139,7 @@ class _Combine:
         """Write to `out` where asked for, at once or when the caller says so."""
         request = self.request
         row_bytes = request.x.shape[-1] * request.x.element_size()
-        self.backend.count_traffic("combine", [end - begin for begin, end in self.held], row_bytes)
+        self.backend.traffic.add([end - begin for begin, end in self.held], self.group.rank, row_bytes)
         if request.out is None and not request.split_phases:
             return CombineResult(total, weights)
         out = torch.empty_like(total) if request.out is None else request.out

@@ -12,7 +12,7 @@ from deepep import quant
 from deepep.backends.base import DispatchRequest, DispatchResult, Layout, Routing
 from deepep.backends.reference.notify import Notice, check_room, count_matrix, notify, op_name
 from deepep.backends.reference.pool import row_pool
-from deepep.backends.reference.rows import send_rows, tokens_of_ranks
+from deepep.backends.reference.rows import send_rows, tokens_of_ranks, without
 from deepep.backends.reference.spread import Spread
 from deepep.layout import (
     align,
@@ -31,16 +31,14 @@ if TYPE_CHECKING:
 
 def dispatch(backend: ReferenceBackend, request: DispatchRequest) -> DispatchResult:
     """Serve one dispatch request."""
-    request = _cast_payload(request)
-    if request.routing is not None:
-        return _Dispatch(backend, request, request.routing).repeat()
-    return _Dispatch(backend, request, None).fresh()
+    work = _Dispatch(backend, _cast_payload(request))
+    return work.fresh() if request.routing is None else work.repeat(request.routing)
 
 
 class _Dispatch:
     """One dispatch under way."""
 
-    def __init__(self, backend: ReferenceBackend, request: DispatchRequest, routing: Routing | None) -> None:
+    def __init__(self, backend: ReferenceBackend, request: DispatchRequest) -> None:
         self.backend = backend
         self.request = request
         self.op = op_name("dispatch", request.layout)
@@ -48,7 +46,8 @@ class _Dispatch:
         self.num_ranks = backend.group.num_ranks
         self.num_local_experts = request.num_experts // self.num_ranks
         self.device = request.x.device
-        self.dst_rank = self._route() if routing is None else routing.dst_rank.to(torch.int64)
+        known = request.routing
+        self.dst_rank = self._route() if known is None else known.dst_rank.to(torch.int64)
         self.picks = tokens_of_ranks(self.dst_rank, self.num_ranks)
         self.deadline = time.monotonic() + backend.options.timeout
 
@@ -84,20 +83,17 @@ class _Dispatch:
         result = self._lay_out(routing, arriving, topk_idx, topk_weights)
         if request.cumulative_local_expert_recv_stats is not None:
             request.cumulative_local_expert_recv_stats.add_(expert_counts)
-        psum_over_sources = counts.cumsum(0).to(torch.int32).to(self.device)
+        is_compact = request.layout is Layout.COMPACT
         exact = request.num_worst_rows is None and request.layout is not Layout.PADDED
         return dataclasses.replace(
             result,
             num_recv_tokens_per_expert=expert_counts,
             num_recv_tokens_per_expert_list=aligned if exact else [],
-            rank_prefix_matrix=psum_over_sources if request.layout is Layout.COMPACT else None,
+            rank_prefix_matrix=counts.cumsum(0).to(torch.int32).to(self.device) if is_compact else None,
         )
 
-    def repeat(self) -> DispatchResult:
+    def repeat(self, routing: Routing) -> DispatchResult:
         """Move rows along a known routing."""
-        routing = self.request.routing
-        if routing is None:
-            raise TypeError("repeat() needs a routing")
         self._notify(cached=True)
         zero = torch.zeros(1, dtype=torch.int64, device="cpu")
         arriving = routing.psum_num_recv_tokens_per_rank.cpu().to(torch.int64).diff(prepend=zero)
@@ -112,9 +108,7 @@ class _Dispatch:
             ranks = torch.where(request.is_token_in_rank, torch.arange(self.num_ranks, device=self.device), -1)
         else:
             raise TypeError("a DispatchRequest needs topk_idx, is_token_in_rank or a routing")
-        for masked in self.backend.masked:
-            ranks = torch.where(ranks == masked, -1, ranks)
-        return last_slots(ranks)
+        return last_slots(without(ranks, self.backend.masked))
 
     def _notify(self, cached: bool) -> tuple[torch.Tensor, list[Notice | None]]:
         request = self.request
@@ -197,7 +191,8 @@ class _Dispatch:
         x = self._move(request.x, arriving, routing.num_recv_tokens)
         sf = None if request.sf is None else self._move(request.sf.contiguous(), arriving, routing.num_recv_tokens)
         self.backend.count_wait(request.wait_recv_cost_stats, arriving, time.monotonic() - started)
-        self.backend.count_traffic("dispatch", [p.numel() for p in self.picks], _row_bytes(request.x, request.sf))
+        row_bytes = _row_bytes(request.x, request.sf)
+        self.backend.traffic.add([pick.numel() for pick in self.picks], self.group.rank, row_bytes)
         if routing.expanded_row is None:
             return DispatchResult(x, sf, topk_idx, topk_weights, None, [], routing)
         spread = Spread(routing.expanded_row, routing.num_rows, request.do_zero_padding)

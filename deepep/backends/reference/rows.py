@@ -24,6 +24,13 @@ def tokens_of_ranks(dst_rank: torch.Tensor, num_ranks: int) -> list[torch.Tensor
     return [in_rank[:, rank].nonzero().flatten() for rank in range(num_ranks)]
 
 
+def without(ranks: torch.Tensor, masked: Sequence[int]) -> torch.Tensor:
+    """Put -1 where `ranks` names a masked rank."""
+    for rank in masked:
+        ranks = torch.where(ranks == rank, -1, ranks)
+    return ranks
+
+
 def send_rows(
     group: Group, source: torch.Tensor, picks: Sequence[torch.Tensor], recv_counts: Sequence[int], out: torch.Tensor,
     op: str, timeout: float,
