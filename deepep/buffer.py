@@ -13,7 +13,6 @@ from deepep.errors import InvalidArgument
 from deepep.event import Event, EventHandle, EventOverlap
 from deepep.front import Front
 from deepep.handle import InternodeHandle, IntranodeHandle, NormalHandle, make_normal_handle, routing_of
-from deepep.layout import dispatch_layout
 from deepep.low_latency import LowLatencyMixin
 from deepep.stream import check_stream_arguments
 from deepep.topology import Topology
@@ -166,12 +165,12 @@ class Buffer(LowLatencyMixin, Front):
             `num_tokens_per_expert` [E] i32, `is_token_in_rank` [T, R] bool, event.
         """
         op = "get_dispatch_layout"
-        self._alive(op)
+        backend = self._alive(op)
         check_stream_arguments(op, previous_event, async_finish, allocate_on_comm_stream)
         check_experts(op, num_experts, self.group_size)
         check_topk(op, topk_idx, None, None, num_experts, self._capabilities.max_topk)
         counted, event = self._comm_stream.run(
-            lambda: dispatch_layout(topk_idx, num_experts, self.group_size, self.topology.num_scaleup_ranks),
+            lambda: backend.dispatch_layout(topk_idx, num_experts),
             (topk_idx,), is_async=async_finish, previous_event=previous_event, on_cuda=topk_idx.is_cuda,
         )  # fmt: skip
         return (*counted, event)

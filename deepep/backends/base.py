@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from deepep.group import Group
+    from deepep.layout import DispatchLayout
     from deepep.quant import SfFormat
     from deepep.topology import Topology
 
@@ -311,6 +312,15 @@ class Backend(abc.ABC):
 
         A backend that cannot do so leaves its peers to their timeout, which then names this rank.
         """
+
+    def dispatch_layout(self, topk_idx: torch.Tensor, num_experts: int) -> DispatchLayout:
+        """Count this rank's tokens per rank, host and expert (`deepep.layout.dispatch_layout`), on the current stream.
+
+        Plain torch unless a backend has something quicker.
+        """
+        from deepep.layout import dispatch_layout
+
+        return dispatch_layout(topk_idx, num_experts, self.topology.num_ranks, self.topology.num_scaleup_ranks)
 
     def update_mask(self, rank: int, masked: bool) -> None:
         """Leave `rank` out of low-latency operations, or take it back in."""

@@ -12,6 +12,7 @@ from deepep.errors import UnsupportedOperation
 NOTIFY = KernelSpec("deepep_notify", "kernels/notify.cu")
 DISPATCH_COMPACT = KernelSpec("deepep_dispatch_compact", "kernels/dispatch.cu")
 DISPATCH_EXPANDED = KernelSpec("deepep_dispatch_expanded", "kernels/dispatch.cu")
+LAYOUT = KernelSpec("deepep_layout", "kernels/layout.cu")
 BARRIER = KernelSpec("deepep_barrier", "kernels/barrier.cu")
 COMBINE = {
     (kind, sums): KernelSpec(f"deepep_combine_{'sums_' if sums else ''}{kind}", "kernels/combine.cu")
@@ -38,7 +39,7 @@ MOST_SMEM_BYTES = 208 << 10
 
 def kernel_specs() -> list[KernelSpec]:
     """List every kernel of the CUDA backends, for compiling ahead of time."""
-    normal = [NOTIFY, DISPATCH_COMPACT, DISPATCH_EXPANDED, *COMBINE.values(), BARRIER]
+    normal = [NOTIFY, DISPATCH_COMPACT, DISPATCH_EXPANDED, *COMBINE.values(), BARRIER, LAYOUT]
     return [*normal, ll_structs.DISPATCH, ll_structs.COMBINE, ll_structs.CLEAN]
 
 

@@ -7,15 +7,15 @@ import re
 
 import pytest
 
-from deepep.cuda import arguments
+from deepep.cuda import arguments, layout
 from deepep.cuda.sources import source_root
 
 _TYPES = {"uint64_t": ctypes.c_uint64, "int64_t": ctypes.c_int64, "uint32_t": ctypes.c_uint32}
 _HEADER = (source_root() / "include" / "deepep" / "layout.cuh").read_text()
 
 
-def members_in_header(name: str) -> list[tuple[str, object]]:
-    body = re.search(rf"struct {name} \{{(.*?)\n\}};", _HEADER, re.DOTALL)
+def members_in(source: str, name: str) -> list[tuple[str, object]]:
+    body = re.search(rf"struct {name} \{{(.*?)\n\}};", source, re.DOTALL)
     assert body is not None
     text = re.sub(r"//[^\n]*", "", body.group(1))
     found: list[tuple[str, object]] = []
@@ -32,7 +32,13 @@ def members_in_header(name: str) -> list[tuple[str, object]]:
 
 @pytest.mark.parametrize("name", ["Window", "Cut", "DispatchArgs", "CombineArgs", "BarrierArgs"])
 def test_members_agree(name: str) -> None:
-    assert members_in_header(name) == [(field[0], field[1]) for field in getattr(arguments, name)._fields_]
+    assert members_in(_HEADER, name) == [(field[0], field[1]) for field in getattr(arguments, name)._fields_]
+
+
+def test_members_of_layout_agree() -> None:
+    source = (source_root() / "kernels" / "layout.cu").read_text()
+    assert members_in(source, "LayoutArgs") == [(field[0], field[1]) for field in layout.LayoutArgs._fields_]
+    assert f"kTileTokens = {layout._TILE_TOKENS};" in source
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from deepep.topology import Topology
 
 if TYPE_CHECKING:
     from deepep.backends.ipc.low_latency import LowLatency
+    from deepep.layout import DispatchLayout
 
 
 class IpcBackend(Backend):
@@ -38,6 +39,7 @@ class IpcBackend(Backend):
     def __init__(self, group: Group, topology: Topology, options: BackendOptions) -> None:
         super().__init__(group, topology, options)
         from deepep.cuda.engine import make_engine
+        from deepep.cuda.layout import LayoutCounter
 
         self._device = torch.cuda.current_device()
         per_gpu = topology.ranks_per_gpu(group.rank)
@@ -47,6 +49,7 @@ class IpcBackend(Backend):
             return self._memory
 
         self._engine = make_engine(memory_of, group.rank, group.num_ranks, self._device, per_gpu, options)
+        self._layout = LayoutCounter(self._engine, topology.num_scaleup_ranks)
         self._low_latency: LowLatency | None = None
         if options.low_latency_mode:
             from deepep.backends.ipc.low_latency import LowLatency
@@ -94,6 +97,12 @@ class IpcBackend(Backend):
         from deepep.cuda.combine import combine
 
         return combine(self._engine, request)
+
+    def dispatch_layout(self, topk_idx: torch.Tensor, num_experts: int) -> DispatchLayout:
+        """Count this rank's tokens per rank, host and expert: one kernel that nothing waits for."""
+        if self._layout.can(topk_idx, num_experts):
+            return self._layout.count(topk_idx, num_experts)
+        return super().dispatch_layout(topk_idx, num_experts)
 
     def barrier(self) -> None:
         """Let the current stream go on once every rank has called this."""
