@@ -33,11 +33,11 @@ __device__ Choice load_first(const LlCombineArgs& args, const Team& team) {
 
 // Push what this rank owes, to itself only where it does not keep it.
 __device__ void send(const LlCombineArgs& args, const LlCall& call, const Team& team, const uint32_t* headers,
-                     Choice choice) {
+                     Choice choice, const OwnWeight& weight) {
     __shared__ Terms listed[kLlMaxTeams][2];
     const LlCommon& common = args.common;
     const LlShape& shape = common.shape;
-    if (!args.has_sent_weights && !args.is_per_copy) send_weights(args, call);
+    send_weights(args, call, weight);
     uint32_t max_tokens = 0;
     for (uint32_t rank = 0; rank < shape.num_ranks; ++rank) {
         max_tokens = max_of(max_tokens, headers[rank] & ~kHasWeights);
@@ -201,17 +201,13 @@ extern "C" __global__ void __launch_bounds__(deepep::kLlThreads, deepep::kLlBloc
     LlCall call(common, kLlCombine, shared);
     const Choice debt = common.phases & kLlSend ? load_first(args, team) : Choice{};
     const HomeChoice home = common.phases & kLlRecv ? load_home(args, team, first_token(team)) : HomeChoice{};
+    const OwnWeight weight = common.phases & kLlSend ? load_weight(args, global_thread()) : OwnWeight{};
     uint32_t header = 0;
     if (threadIdx.x < common.shape.num_ranks) header = pointer<const uint32_t>(common.sources)[threadIdx.x];
     call.prepare(credits, args.combine_epoch);
     if (threadIdx.x < common.shape.num_ranks) headers[threadIdx.x] = header;
     call.begin(args.combine_epoch);
-    if (common.phases & kLlSend) {
-        if (blockIdx.x == gridDim.x - 1) call.publish_credits(credits);
-        call.await_credit(threadIdx.x, credits);
-        __syncthreads();
-        send(args, call, team, headers, debt);
-    }
+    if (common.phases & kLlSend) send(args, call, team, headers, debt, weight);
     if (common.phases & kLlRecv) receive(args, call, team, home, own_sums);
     call.end();
 }

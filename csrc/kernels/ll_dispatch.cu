@@ -25,14 +25,11 @@ __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table) {
             choices = load_choices(args, range.begin);
             held = load_unit<kFp8>(args, range.begin, threadIdx.x);
         }
+        clear(args, table);  // while the loads are on their way
         call.prepare(credits, common.call_epoch);
-        clear(args, table);
-        find_owners(common.shape, choices);
         count_experts(args, scan, num_scanned, table);
+        find_owners(common.shape, choices);
         call.begin(common.call_epoch);
-        if (range.is_publisher) call.publish_credits(credits);
-        call.await_credit(threadIdx.x, credits);
-        __syncthreads();
         if (range.is_publisher) {
             publish_counts(args, call, table);
             __syncthreads();

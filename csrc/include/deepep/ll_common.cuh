@@ -24,15 +24,11 @@ __device__ __forceinline__ uint64_t ll_word(uint32_t epoch, uint32_t value) {
     return static_cast<uint64_t>(epoch) << 32 | value;
 }
 
-constexpr uint32_t kNotFree = 0xffffffffu;
-
 // What every thread of a block wants to know at once; read in one go when the block starts, then kept in shared memory.
 struct LlShared {
     uint64_t peers[kLlMaxRanks];
     uint32_t mask[kLlMaxRanks];
-    uint32_t credit[kLlBanks][kLlMaxRanks];  // epoch of the last use of each bank that a rank is through with
-    uint32_t waited_ns[kLlMaxRanks];         // longest wait of this block for each rank, where statistics are asked for
-    uint32_t free_epoch[kLlBanks];           // epoch of the last use of each bank that this rank is through with
+    uint32_t waited_ns[kLlMaxRanks];  // longest wait of this block for each rank, where statistics are asked for
     uint32_t epoch;
 };
 
@@ -55,36 +51,40 @@ struct LlCall {
           state(pointer<LlState>(common.own_base + common.window.state)),
           deadline(global_timer_ns() + common.timeout_ns) {}
 
-    // Start: issue all loads that nothing depends on. `credits` is where peers say what they are through with.
+    // Start: issue all loads that nothing depends on, and, where the launch sends, wait until every rank is through with
+    // what the bank held before. `credits` is where ranks say so. The barrier of begin() then covers all of it.
     __device__ void prepare(uint64_t credits, uint64_t call_epoch) const {
-        // Of other warps than those that look at ranks.
-        constexpr uint32_t kEpochThread = 3 * kWarpSize, kBankThread = 4 * kWarpSize;
-        if (threadIdx.x < args.shape.num_ranks) {
-            const uint32_t rank = threadIdx.x;
-            const uint64_t* word = pointer<const uint64_t>(args.own_base + credits) + rank;
-            const uint64_t peer = pointer<const uint64_t>(args.peer_table)[rank];
-            const uint32_t mask = *(volatile uint32_t*)&state->mask[rank];
-            uint64_t seen[kLlBanks];
+        constexpr uint32_t kEpochThread = 3 * kWarpSize;  // of another warp than those that look at ranks
+        static_assert(kEpochThread >= kLlMaxRanks, "one thread has one task");
+        if (threadIdx.x == kEpochThread && args.phases != 0) shared.epoch = load_epoch(call_epoch);
+        if (threadIdx.x >= args.shape.num_ranks) return;
+        const uint32_t rank = threadIdx.x;
+        const bool is_sending = (args.phases & kLlSend) != 0, is_publisher = is_sending && is_last_block();
+        const uint64_t* word = pointer<const uint64_t>(args.own_base + credits) + rank;
+        const uint64_t peer = pointer<const uint64_t>(args.peer_table)[rank];
+        const uint32_t mask = *(volatile uint32_t*)&state->mask[rank];
+        const uint32_t now = args.phases != 0 ? load_epoch(call_epoch) : 0;
+        uint32_t credit = 0;
+        Uses uses[kLlBanks];
 #pragma unroll
-            for (uint32_t b = 0; b < kLlBanks; ++b) seen[b] = load_relaxed_sys(word + b * args.window.bank_stride / 8);
-#pragma unroll
-            for (uint32_t b = 0; b < kLlBanks; ++b) shared.credit[b][rank] = static_cast<uint32_t>(seen[b] >> 32);
-            shared.peers[rank] = peer;
-            shared.mask[rank] = mask;
-            shared.waited_ns[rank] = 0;
-        } else if (threadIdx.x == kEpochThread && args.phases != 0) {
-            const bool is_sending = (args.phases & kLlSend) != 0;
-            const volatile uint64_t* starts = &state->starts[op];
-            shared.epoch = is_sending ? static_cast<uint32_t>(*starts / kLlStart) + 1
-                                      : *pointer<const volatile uint32_t>(call_epoch);
-        } else if (threadIdx.x - kBankThread < kLlBanks && args.phases != 0) {
-            // Blocks of this launch may have ended before this one starts, hence "at least".
-            const uint32_t b = threadIdx.x - kBankThread;
-            const uint32_t last = *(volatile uint32_t*)&state->read_epoch[op][b];
-            const uint32_t readers = *(volatile uint32_t*)&state->num_readers[op][b];
-            const uint32_t read = *(volatile uint32_t*)&state->num_read[op][b];
-            shared.free_epoch[b] = static_cast<int32_t>(read - readers) >= 0 ? last : kNotFree;
+        for (uint32_t b = 0; b < kLlBanks; ++b) {
+            const uint64_t seen = load_relaxed_sys(word + b * args.window.bank_stride / 8);
+            uses[b] = load_uses(b);
+            if (b == now % kLlBanks) credit = static_cast<uint32_t>(seen >> 32);
         }
+        shared.peers[rank] = peer;
+        shared.mask[rank] = mask;
+        shared.waited_ns[rank] = 0;
+        if (!is_sending || mask != 0) return;
+        // First tell, then wait: a rank may wait for what only this launch tells it.
+#pragma unroll
+        for (uint32_t b = 0; b < kLlBanks; ++b) {
+            // Blocks of this launch may have ended before this one starts, hence "at least".
+            if (!is_publisher || static_cast<int32_t>(uses[b].read - uses[b].readers) < 0) continue;
+            const uint64_t at = credits + b * args.window.bank_stride + 8 * args.shape.rank;
+            transport.signal(rank, at, ll_word(uses[b].last, 0));
+        }
+        await_credit(rank, now, word + now % kLlBanks * (args.window.bank_stride / 8), credit);
     }
 
     // Once all threads of the block are through with prepare().
@@ -95,13 +95,29 @@ struct LlCall {
         if (threadIdx.x != kLlThreads - 1) return;
         if (args.phases & kLlSend) {
             const uint32_t share = kLlStart / gridDim.x;
-            const bool is_last = blockIdx.x == gridDim.x - 1;
             atomicAdd(reinterpret_cast<unsigned long long*>(&state->starts[op]),
-                      static_cast<unsigned long long>(is_last ? kLlStart - share * (gridDim.x - 1) : share));
+                      static_cast<unsigned long long>(is_last_block() ? kLlStart - share * (gridDim.x - 1) : share));
             if (args.phases == kLlSend && blockIdx.x == 0) *pointer<uint32_t>(call_epoch) = epoch;
+            if (args.phases & kLlRecv && is_last_block()) announce_readers();
         } else if (blockIdx.x == 0) {
             announce_readers();
         }
+    }
+
+    __device__ bool is_last_block() const { return blockIdx.x == gridDim.x - 1; }
+
+    __device__ uint32_t load_epoch(uint64_t call_epoch) const {
+        if ((args.phases & kLlSend) == 0) return *pointer<const volatile uint32_t>(call_epoch);
+        return static_cast<uint32_t>(*(const volatile uint64_t*)&state->starts[op] / kLlStart) + 1;
+    }
+
+    // The last use of a bank that was to be read, and how many blocks were to and did.
+    struct Uses {
+        uint32_t last, readers, read;
+    };
+    __device__ Uses load_uses(uint32_t b) const {
+        return {*(volatile uint32_t*)&state->read_epoch[op][b], *(volatile uint32_t*)&state->num_readers[op][b],
+                *(volatile uint32_t*)&state->num_read[op][b]};
     }
 
     __device__ void announce_readers() const {
@@ -109,25 +125,13 @@ struct LlCall {
         atomicAdd(&state->num_readers[op][epoch % kLlBanks], gridDim.x);
     }
 
-    // By one block of a sending launch: tell the peers which banks this rank is through with.
-    __device__ void publish_credits(uint64_t credits) const {
-        const uint32_t rank = threadIdx.x;
-        for (uint32_t b = 0; rank < args.shape.num_ranks && !is_masked(rank) && b < kLlBanks; ++b) {
-            if (shared.free_epoch[b] == kNotFree) continue;
-            const uint64_t at = credits + b * args.window.bank_stride + 8 * args.shape.rank;
-            transport.signal(rank, at, static_cast<uint64_t>(shared.free_epoch[b]) << 32);
-        }
-        if (threadIdx.x == 0 && args.phases & kLlRecv) announce_readers();
-    }
-
-    // By each thread for one rank: wait until it is through with what this bank held before.
-    __device__ void await_credit(uint32_t rank, uint64_t credits) const {
+    // By each thread for one rank: wait until it is through with what the bank of epoch `now` held before.
+    __device__ void await_credit(uint32_t rank, uint32_t now, const uint64_t* word, uint32_t last) const {
         constexpr uint32_t kSpinsPerCheck = 64;
-        if (rank >= args.shape.num_ranks || epoch <= kLlBanks || is_masked(rank)) return;
-        uint32_t last = shared.credit[epoch % kLlBanks][rank];
-        for (uint32_t spin = 1; static_cast<int32_t>(last + kLlBanks - epoch) < 0; ++spin) {
+        if (now <= kLlBanks) return;
+        for (uint32_t spin = 1; static_cast<int32_t>(last + kLlBanks - now) < 0; ++spin) {
             if (spin % kSpinsPerCheck == 0 && has_given_up(rank)) return;
-            last = static_cast<uint32_t>(load_relaxed_sys(own_word(credits, rank)) >> 32);
+            last = static_cast<uint32_t>(load_relaxed_sys(word) >> 32);
         }
     }
 

@@ -62,34 +62,40 @@ __device__ void await_counts(const LlDispatchArgs& args, const LlCall& call, uin
     }
 }
 
-// Turn `table` from counts into the first row of each source inside each expert. Block 0 tells the caller about them.
-__device__ void place_sources(const LlDispatchArgs& args, uint32_t* table, const Arrivals& from) {
+// The first row of a source inside a local expert: after the rows of all sources before it. Few enough sums to make each
+// one where it is needed, rather than all of them before anybody goes on.
+__device__ __forceinline__ uint32_t first_row(const LlShape& shape, const uint32_t* table, uint32_t source,
+                                              uint32_t expert) {
+    uint32_t first = 0;
+    for (uint32_t rank = 0; rank < source; ++rank) first += table[rank * shape.num_local_experts + expert];
+    return first;
+}
+
+// By one block: tell the caller what came.
+__device__ void report(const LlDispatchArgs& args, const uint32_t* table, const Arrivals& from) {
     const LlShape& shape = args.common.shape;
-    const uint32_t num_local = shape.num_local_experts;
-    for (uint32_t expert = threadIdx.x; expert < num_local; expert += kLlThreads) {
+    for (uint32_t expert = threadIdx.x; expert < shape.num_local_experts; expert += kLlThreads) {
         uint32_t begin = 0;
         for (uint32_t rank = 0; rank < shape.num_ranks; ++rank) {
-            const uint32_t count = table[rank * num_local + expert];
-            table[rank * num_local + expert] = begin;
-            if (blockIdx.x == 0) {
-                pointer<uint64_t>(args.layout_range)[expert * shape.num_ranks + rank] = ll_word(begin, count);
-            }
+            const uint32_t count = table[rank * shape.num_local_experts + expert];
+            pointer<uint64_t>(args.layout_range)[expert * shape.num_ranks + rank] = ll_word(begin, count);
             begin += count;
         }
-        if (blockIdx.x != 0) continue;
         pointer<uint32_t>(args.recv_count)[expert] = begin;
         if (args.recv_stats != 0) pointer<uint32_t>(args.recv_stats)[expert] += begin;
     }
-    if (blockIdx.x == 0 && threadIdx.x < shape.num_ranks) {
+    if (threadIdx.x < shape.num_ranks) {
         pointer<uint32_t>(args.common.sources)[threadIdx.x] = from.header[threadIdx.x];
     }
 }
 
-// The rows that one token gets here.
+// The rows that one token gets here, by top-k position.
 struct Rows {
-    uint32_t is_present, count;
+    uint32_t is_present;
+    uint32_t valid[2];
     uint32_t row[kLlMaxTopk];
     uint32_t sf_at[kLlMaxTopk];  // index of the row's first scale factor
+    __device__ uint64_t bits() const { return static_cast<uint64_t>(valid[1]) << 32 | valid[0]; }
 };
 
 constexpr uint32_t kVecsAtOnce = 4;  // of a row, per thread
@@ -125,7 +131,8 @@ __device__ __forceinline__ void load_part(const Vec16* in, uint32_t base, uint32
 
 __device__ __forceinline__ void store_part(const LlDispatchArgs& args, uint32_t base, uint32_t num_vecs,
                                            const Team& team, const Rows& rows, const Arrived& arrived) {
-    for (uint32_t r = 0; r < rows.count; ++r) {
+    for (uint64_t left = rows.bits(); left != 0; left &= left - 1) {
+        const uint32_t r = __ffsll(static_cast<long long>(left)) - 1;
         Vec16* out = pointer<Vec16>(args.recv_x) + static_cast<uint64_t>(rows.row[r]) * num_vecs;
 #pragma unroll
         for (uint32_t i = 0; i < kVecsAtOnce; ++i) {
@@ -156,18 +163,21 @@ __device__ __forceinline__ uint2 keep_route(const LlDispatchArgs& args, uint64_t
     return {row, expert * num_scales(args) * room + place};
 }
 
-// By the first K threads of a team: list the token's rows, and keep them for combine.
+// By a team's first threads, those of whole warps: list the token's rows, and keep them for combine. `raw` is choice k.
 __device__ void list_rows(const LlDispatchArgs& args, const Item& item, const Vec16& raw, const uint32_t* table,
                           uint32_t k, Rows& rows) {
     const LlShape& shape = args.common.shape;
-    if (k >= shape.num_topk) return;
-    const int32_t expert = static_cast<int32_t>(raw.word[0]);
-    const uint32_t first = expert < 0 ? 0 : table[item.source * shape.num_local_experts + expert];
-    const uint2 at = keep_route(args, item.slot, item.token, k, expert, first + raw.word[1], raw.word[2]);
-    if (expert < 0) return;
-    const uint32_t index = atomicAdd(&rows.count, 1);
-    rows.row[index] = at.x;
-    rows.sf_at[index] = at.y;
+    if (k >= kLlMaxTopk) return;
+    const bool is_choice = k < shape.num_topk;
+    const int32_t expert = is_choice ? static_cast<int32_t>(raw.word[0]) : -1;
+    if (is_choice) {
+        const uint32_t first = expert < 0 ? 0 : first_row(shape, table, item.source, expert);
+        const uint2 at = keep_route(args, item.slot, item.token, k, expert, first + raw.word[1], raw.word[2]);
+        rows.row[k] = at.x;
+        rows.sf_at[k] = at.y;
+    }
+    const uint32_t valid = __ballot_sync(kFullMask, expert >= 0);
+    if (lane_index() == 0) rows.valid[k / kWarpSize] = valid;
 }
 
 __device__ void store_scales(const LlDispatchArgs& args, const uint8_t* slot, const Team& team, const Rows& rows,
@@ -176,7 +186,10 @@ __device__ void store_scales(const LlDispatchArgs& args, const uint8_t* slot, co
     const uint32_t room = shape.num_ranks * shape.num_max_tokens, count = num_scales(args);
     for (uint32_t sf = team.thread; sf < count; sf += team.threads) {
         if (sf != team.thread) scale = load_scale(shape, slot, sf);
-        for (uint32_t r = 0; r < rows.count; ++r) pointer<uint32_t>(args.recv_sf)[rows.sf_at[r] + sf * room] = scale;
+        for (uint64_t left = rows.bits(); left != 0; left &= left - 1) {
+            const uint32_t r = __ffsll(static_cast<long long>(left)) - 1;
+            pointer<uint32_t>(args.recv_sf)[rows.sf_at[r] + sf * room] = scale;
+        }
     }
 }
 
@@ -209,7 +222,7 @@ __device__ void keep_tokens(const LlDispatchArgs& args, const Range& range, Outg
     if (token < range.end && k < shape.num_topk) {
         const Stay stay = stays[place][k];
         const uint64_t slot = static_cast<uint64_t>(shape.rank) * shape.num_max_tokens + token;
-        const uint32_t first = stay.expert < 0 ? 0 : table[shape.rank * shape.num_local_experts + stay.expert];
+        const uint32_t first = stay.expert < 0 ? 0 : first_row(shape, table, shape.rank, stay.expert);
         const uint2 at = keep_route(args, slot, token, k, stay.expert, first + stay.position, 0);
         if (stay.expert >= 0) {
             const uint32_t index = atomicAdd(&to[place].count, 1);
@@ -236,7 +249,6 @@ __device__ void receive(const LlDispatchArgs& args, const LlCall& call, const Ra
     const Sources sources(shape, stays != nullptr);
     const Team team(common.team_threads);
     if (team.thread == team.threads - 1) {
-        listed[team.index][0].count = 0;
         from.first[team.index] =
             sources.count == 0
                 ? Presence::kAbsent
@@ -245,12 +257,10 @@ __device__ void receive(const LlDispatchArgs& args, const LlCall& call, const Ra
     if (threadIdx.x < kDirectTokens) kept[threadIdx.x].count = 0;
     await_counts(args, call, table, from);
     __syncthreads();
-    place_sources(args, table, from);
     uint32_t max_tokens = 0;
     for (uint32_t rank = 0; rank < shape.num_ranks; ++rank) {
         max_tokens = max_of(max_tokens, from.header[rank] & ~kHasWeights);
     }
-    __syncthreads();
     const uint8_t* slots = call.own_bytes(common.window.dispatch_slots);
     Presence presence = from.first[team.index];
     Arrived arrived;
@@ -274,7 +284,6 @@ __device__ void receive(const LlDispatchArgs& args, const LlCall& call, const Ra
                 uint32_t value = 0;
                 rows.is_present =
                     call.wait<true>(item.source, call.own_word(common.window.present, item.slot), value) && value != 0;
-                rows.count = 0;
             }
             team.sync();
         }
@@ -286,6 +295,7 @@ __device__ void receive(const LlDispatchArgs& args, const LlCall& call, const Ra
             forget_token(args, item, team.thread);
         }
     }
+    if (call.is_last_block()) report(args, table, from);
 }
 
 }  // namespace deepep

@@ -97,18 +97,33 @@ __device__ __forceinline__ Pair sum_rows(const LlCombineArgs& args, const Terms&
         terms, [&](uint32_t k, uint32_t i) { return load_stream(x + (terms.row[k] * row_vecs + place.vec[i])); });
 }
 
-// Tell the owners of this rank's choices their weights, where dispatch did not.
-__device__ void send_weights(const LlCombineArgs& args, const LlCall& call) {
+// A choice of this rank's own, and its weight.
+struct OwnWeight {
+    int32_t expert = -1;
+    uint32_t weight = 0;
+    int64_t left_out = 0;  // negative if it is
+};
+
+__device__ __forceinline__ uint32_t global_thread() { return blockIdx.x * kLlThreads + threadIdx.x; }
+
+// Choice i of all tokens, where its owner is yet to be told the weight.
+__device__ __forceinline__ OwnWeight load_weight(const LlCombineArgs& args, uint32_t i) {
+    if (args.has_sent_weights || args.is_per_copy || i >= args.common.num_tokens * args.common.shape.num_topk) return {};
+    return {pointer<const int32_t>(args.common.home_topk)[i], pointer<const uint32_t>(args.topk_weights)[i],
+            pointer<const int64_t>(args.topk_idx)[i]};
+}
+
+// Tell the owners of this rank's choices their weights, where dispatch did not. `own` is the thread's first choice.
+__device__ void send_weights(const LlCombineArgs& args, const LlCall& call, OwnWeight own) {
     const LlShape& shape = args.common.shape;
     const uint32_t num_choices = args.common.num_tokens * shape.num_topk;
-    for (uint32_t i = blockIdx.x * kLlThreads + threadIdx.x; i < num_choices; i += gridDim.x * kLlThreads) {
-        const int32_t expert = pointer<const int32_t>(args.common.home_topk)[i];
-        const uint32_t owner = expert / shape.num_local_experts;
-        if (expert < 0 || owner == shape.rank) continue;
-        const bool is_left_out = pointer<const int64_t>(args.topk_idx)[i] < 0;
-        const uint32_t weight = is_left_out ? kSkippedWeight : pointer<const uint32_t>(args.topk_weights)[i];
-        const uint64_t index = static_cast<uint64_t>(shape.rank) * shape.num_max_tokens * shape.num_topk + i;
-        if (!call.is_masked(owner)) call.signal(owner, args.common.window.weights, index, weight);
+    for (uint32_t i = global_thread(); i < num_choices; own = load_weight(args, i)) {
+        const uint32_t owner = own.expert / shape.num_local_experts;
+        if (own.expert >= 0 && owner != shape.rank && !call.is_masked(owner)) {
+            const uint64_t index = static_cast<uint64_t>(shape.rank) * shape.num_max_tokens * shape.num_topk + i;
+            call.signal(owner, args.common.window.weights, index, own.left_out < 0 ? kSkippedWeight : own.weight);
+        }
+        i += gridDim.x * kLlThreads;
     }
 }
 
