@@ -168,10 +168,10 @@ class Buffer(LowLatencyMixin, Front):
         backend = self._alive(op)
         check_stream_arguments(op, previous_event, async_finish, allocate_on_comm_stream)
         check_experts(op, num_experts, self.group_size)
-        check_topk(op, topk_idx, None, None, num_experts, self._capabilities.max_topk)
+        check_topk(op, topk_idx, None, None, num_experts, self._bounds)
         counted, event = self._comm_stream.run(
-            lambda: backend.dispatch_layout(topk_idx, num_experts),
-            (topk_idx,), is_async=async_finish, previous_event=previous_event, on_cuda=topk_idx.is_cuda,
+            lambda: backend.dispatch_layout(topk_idx, num_experts), (topk_idx,), topk_idx.is_cuda, async_finish,
+            previous_event,
         )  # fmt: skip
         return (*counted, event)
 
@@ -232,7 +232,7 @@ class Buffer(LowLatencyMixin, Front):
             else:
                 request = fresh_request(
                     data, sf, topk_idx, topk_weights, given, expert_alignment, num_worst_tokens, _num_sms(config),
-                    self.topology, self._capabilities.max_topk,
+                    self._bounds,
                 )  # fmt: skip
         result, event = self._dispatch(op, request, async_finish, previous_event)
         recv_x = result.x if result.sf is None else (result.x, result.sf)
@@ -243,7 +243,7 @@ class Buffer(LowLatencyMixin, Front):
             is_token_in_rank=is_token_in_rank,
             num_tokens_per_rank=num_tokens_per_rank,
             num_tokens_per_rdma_rank=num_tokens_per_rdma_rank,
-            is_internode=self.topology.num_scaleout_ranks > 1,
+            is_internode=self._bounds.num_scaleout_ranks > 1,
             owner=self._owner,
         )
         counts = result.num_recv_tokens_per_expert_list

@@ -10,9 +10,9 @@ import torch
 from deepep.backends.base import CombineRequest, DispatchRequest, Routing
 from deepep.errors import InvalidArgument
 from deepep.layout import token_in_rank, topk_ranks
-from deepep.topology import Topology
 from deepep.validate import (
     COMBINE_DTYPES,
+    Bounds,
     check_bias,
     check_experts,
     check_rows,
@@ -42,8 +42,7 @@ def fresh_request(
     expert_alignment: int,
     num_worst_tokens: int,
     num_sms: int,
-    topology: Topology,
-    max_topk: int,
+    bounds: Bounds,
 ) -> DispatchRequest:
     """State a dispatch that finds its own routing.
 
@@ -51,11 +50,13 @@ def fresh_request(
         InvalidArgument: names the argument.
     """
     op = "dispatch"
-    num_experts = _num_experts(op, x, topk_idx, given, topology.num_ranks)
-    _check_given(op, x, given, topology)
+    num_tokens, device = x.shape[0], x.device
+    num_experts = _num_experts(op, topk_idx, given, bounds.num_ranks, device)
+    _check_given(op, given, num_tokens, device, bounds)
     if topk_idx is not None:
-        check_topk(op, topk_idx, topk_weights, x.shape[0], num_experts, max_topk, x.device)
-        _check_implied(op, topk_idx, given.is_token_in_rank, num_experts, topology.num_ranks)
+        check_topk(op, topk_idx, topk_weights, num_tokens, num_experts, bounds, device)
+        if given.is_token_in_rank is not None and values_are_checked(topk_idx, bounds):
+            _check_implied(op, topk_idx, given.is_token_in_rank, num_experts, bounds.num_ranks)
     elif topk_weights is not None:
         raise InvalidArgument(f"{op}: topk_weights without topk_idx; pass both or neither")
     if expert_alignment < 1 or num_worst_tokens < 0:
@@ -82,7 +83,8 @@ def cached_request(
     op = "dispatch"
     if is_routed_again:
         raise InvalidArgument(f"{op}: handle repeats a routing; leave out topk_idx, topk_weights, num_worst_tokens")
-    check_rows(op, "x", x, routing.dst_rank.shape[0], routing.dst_rank.device)
+    dst_rank = routing.dst_rank
+    check_rows(op, "x", x, dst_rank.shape[0], dst_rank.device)
     return DispatchRequest(x, sf, None, None, routing.num_experts, routing=routing, num_sms=num_sms)
 
 
@@ -108,7 +110,7 @@ def combine_request(
     return CombineRequest(x, routing, topk_weights, bias=biases, num_sms=num_sms)
 
 
-def _num_experts(op: str, x: torch.Tensor, topk_idx: torch.Tensor | None, given: Given, num_ranks: int) -> int:
+def _num_experts(op: str, topk_idx: torch.Tensor | None, given: Given, num_ranks: int, device: torch.device) -> int:
     per_expert = given.num_tokens_per_expert
     if per_expert is None or (topk_idx is None and given.is_token_in_rank is None):
         raise InvalidArgument(
@@ -119,26 +121,24 @@ def _num_experts(op: str, x: torch.Tensor, topk_idx: torch.Tensor | None, given:
     if num_experts == 0:
         raise InvalidArgument(f"{op}: num_tokens_per_expert is {describe(per_expert)}; it must be an int32 tensor [E]")
     check_experts(op, num_experts, num_ranks)
-    check_tensor(op, "num_tokens_per_expert", per_expert, torch.int32, (num_experts,), x.device)
+    check_tensor(op, "num_tokens_per_expert", per_expert, torch.int32, (num_experts,), device)
     return num_experts
 
 
-def _check_given(op: str, x: torch.Tensor, given: Given, topology: Topology) -> None:
-    num_ranks, device = topology.num_ranks, x.device
+def _check_given(op: str, given: Given, num_tokens: int, device: torch.device, bounds: Bounds) -> None:
+    num_ranks = bounds.num_ranks
     if given.is_token_in_rank is not None:
-        check_tensor(op, "is_token_in_rank", given.is_token_in_rank, torch.bool, (x.shape[0], num_ranks), device)
+        check_tensor(op, "is_token_in_rank", given.is_token_in_rank, torch.bool, (num_tokens, num_ranks), device)
     if given.num_tokens_per_rank is not None:
         check_tensor(op, "num_tokens_per_rank", given.num_tokens_per_rank, torch.int32, (num_ranks,), device)
     if given.num_tokens_per_rdma_rank is not None:
-        shape = (topology.num_scaleout_ranks,)
+        shape = (bounds.num_scaleout_ranks,)
         check_tensor(op, "num_tokens_per_rdma_rank", given.num_tokens_per_rdma_rank, torch.int32, shape, device)
 
 
 def _check_implied(
-    op: str, topk_idx: torch.Tensor, is_token_in_rank: torch.Tensor | None, num_experts: int, num_ranks: int
+    op: str, topk_idx: torch.Tensor, is_token_in_rank: torch.Tensor, num_experts: int, num_ranks: int
 ) -> None:
-    if is_token_in_rank is None or not values_are_checked(topk_idx):
-        return
     implied = token_in_rank(topk_ranks(topk_idx, num_experts // num_ranks), num_ranks)
     if not torch.equal(implied, is_token_in_rank):
         raise InvalidArgument(f"{op}: is_token_in_rank does not follow from topk_idx; use get_dispatch_layout")

@@ -25,13 +25,11 @@ from deepep.elastic_handle import (
     check_handle,
     column_major,
     handle_tensors,
-    known_routing,
     make_handle,
     num_rows_of,
     rebuild_routing,
-    tensors_of,
 )
-from deepep.elastic_requests import Named, Place, cached_terms, fresh_terms
+from deepep.elastic_requests import Named, cached_terms, fresh_terms
 from deepep.elastic_sizes import SizesMixin, check_num_bytes
 from deepep.errors import DeepEPError, InvalidArgument, UnsupportedOperation
 from deepep.event import Event, EventHandle, EventOverlap, as_handle
@@ -224,28 +222,30 @@ class ElasticBuffer(SizesMixin, AbsentMixin, Front):
         with self._checking(op) as backend:
             data, sf = split_payload(op, x)
             if handle is not None:
-                check_handle(op, handle, self.num_ranks)
-                routing = known_routing(handle, self._owner)
+                routing = check_handle(op, handle, self.num_ranks, self._owner)
                 terms = cached_terms(data, sf, handle, routing, topk_idx, topk_weights, named, do_cpu_sync)
             else:
-                place = Place(self.num_ranks, self.num_max_tokens_per_rank, self._capabilities.max_topk)
                 stats = cumulative_local_expert_recv_stats
                 exact = do_cpu_sync is None or do_cpu_sync
-                terms = fresh_terms(data, sf, topk_idx, topk_weights, stats, named, exact, place)
+                terms = fresh_terms(
+                    data, sf, topk_idx, topk_weights, stats, named, exact, self.num_max_tokens_per_rank, self._bounds
+                )
             terms["num_sms"] = self._num_sms(op, num_sms, handle, terms)
         terms["do_zero_padding"] = do_zero_padding
         self._fit(op, data, terms["layout"])
         before = as_handle(previous_event_before_epilogue)
-        inputs = (*terms.values(), tensors_of(handle))
+        inputs = (terms,) if handle is None else (terms, vars(handle))
 
         def work() -> tuple[DispatchResult, HandleTensors | None]:
             if before is not None:
                 before.current_stream_wait()
-            if handle is not None:
-                terms["routing"] = self._routing(handle)
-            elif do_handle_copy:
-                terms["topk_idx"] = terms["topk_idx"].clone()
+            if handle is not None and terms["routing"] is None:
+                terms["routing"] = self._rebuild(handle)
             result = backend.dispatch(DispatchRequest(**terms))
+            if handle is None and do_handle_copy:
+                # Only now, so that no kernel waits for it.
+                routing = replace(result.routing, topk_idx=terms["topk_idx"].clone())
+                result = replace(result, routing=routing)
             if use_tma_aligned_col_major_sf and result.sf is not None:
                 result = replace(result, sf=column_major(result.sf))
             return result, handle_tensors(result, self.num_scaleup_ranks) if handle is None else None
@@ -290,14 +290,14 @@ class ElasticBuffer(SizesMixin, AbsentMixin, Front):
         """
         op = "combine"
         with self._checking(op) as backend:
-            check_handle(op, handle, self.num_ranks)
-            num_tokens, num_topk = handle.topk_idx.shape
-            check_rows(op, "x", x, num_rows_of(handle), handle.topk_idx.device)
+            known = check_handle(op, handle, self.num_ranks, self._owner)
+            (num_tokens, num_topk), device = handle.topk_idx.shape, handle.topk_idx.device
+            check_rows(op, "x", x, num_rows_of(handle), device)
             if x.dtype not in COMBINE_DTYPES:
                 raise InvalidArgument(f"{op}: x is {x.dtype}; sums are over bfloat16, float16 or float32")
             if topk_weights is not None:
                 shape = x.shape[:1] if handle.do_expand else (x.shape[0], num_topk)
-                check_weights(op, topk_weights, shape, x.device)
+                check_weights(op, topk_weights, shape, device)
             biases = check_bias(op, bias, x, num_tokens)
             num_sms = self._num_sms(op, num_sms, handle, {})
         self._fit(op, x, Layout.EXPANDED if handle.do_expand else Layout.COMPACT)
@@ -308,14 +308,14 @@ class ElasticBuffer(SizesMixin, AbsentMixin, Front):
         def work() -> tuple[CombineResult, Routing]:
             if before is not None:
                 before.current_stream_wait()
-            routing = self._routing(handle)
+            routing = known or self._rebuild(handle)
             request = CombineRequest(
                 x, routing, topk_weights, WeightSource.OWNER, biases,
                 reduction=Reduction.PER_COPY if is_per_copy else Reduction.PER_RANK, num_sms=num_sms,
             )  # fmt: skip
             return backend.combine(request), routing
 
-        inputs = (x, topk_weights, biases, tensors_of(handle))
+        inputs = (x, topk_weights, biases, vars(handle))
         (result, _), event = self._run(work, inputs, x.is_cuda, async_with_compute_stream, previous_event)
         return result.x, result.topk_weights, event
 
@@ -328,6 +328,5 @@ class ElasticBuffer(SizesMixin, AbsentMixin, Front):
             return handle.num_sms
         return self.get_theoretical_num_sms(terms["num_experts"], terms["topk_idx"].shape[1])
 
-    def _routing(self, handle: EPHandle) -> Routing:
-        known = known_routing(handle, self._owner)
-        return known or rebuild_routing(handle, self.num_ranks, self.num_scaleup_ranks, self._owner)
+    def _rebuild(self, handle: EPHandle) -> Routing:
+        return rebuild_routing(handle, self.num_ranks, self.num_scaleup_ranks, self._owner)

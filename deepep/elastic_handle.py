@@ -6,6 +6,8 @@ the handle of another dispatch of the same tokens. Whatever is remembered beside
 
 from __future__ import annotations
 
+import operator
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -171,16 +173,20 @@ def make_handle(
     return handle
 
 
-def check_handle(op: str, handle: object, num_ranks: int) -> EPHandle:
+def check_handle(op: str, handle: object, num_ranks: int, owner: int) -> Routing | None:
     """Check that a handle can be used on this group.
+
+    Returns:
+        The routing it was made of, if its fields are still the same objects and the buffer, too; else None.
 
     Raises:
         InvalidArgument: not an `EPHandle`, a field is missing or has another shape than it must have.
     """
     if not isinstance(handle, EPHandle):
         raise InvalidArgument(f"{op}: handle is a {type(handle).__name__}; pass the EPHandle that dispatch returned")
-    if handle._known is not None and _same(handle._known.fields, _fields(handle)):
-        return handle
+    known = handle._known
+    if known is not None and _are(known.fields, handle):
+        return known.routing if known.owner == owner else None
     topk_idx = handle.topk_idx
     if not isinstance(topk_idx, torch.Tensor) or topk_idx.dim() != 2 or topk_idx.dtype != topk_idx_t:
         raise InvalidArgument(f"{op}: handle.topk_idx must be [T, K] {topk_idx_t}; put back what the handle held")
@@ -199,7 +205,7 @@ def check_handle(op: str, handle: object, num_ranks: int) -> EPHandle:
             f"{op}: handle is for {handle.num_experts} experts and domains of {num_scaleup} ranks; this group has "
             f"{num_ranks} ranks"
         )
-    return handle
+    return None
 
 
 def num_rows_of(handle: EPHandle) -> int:
@@ -208,19 +214,6 @@ def num_rows_of(handle: EPHandle) -> int:
         return handle.num_expanded_tokens
     metadata = vars(handle).get("recv_src_metadata")
     return handle.num_recv_tokens if metadata is None else metadata.shape[0]
-
-
-def tensors_of(handle: EPHandle | None) -> tuple[object, ...]:
-    """List all that an operation on the handle may read."""
-    return () if handle is None else tuple(vars(handle).values())
-
-
-def known_routing(handle: EPHandle, owner: int) -> Routing | None:
-    """Give the routing the handle was made of, if its fields are still the same objects and the buffer, too."""
-    known = handle._known
-    if known is None or known.owner != owner or not _same(known.fields, _fields(handle)):
-        return None
-    return known.routing
 
 
 def rebuild_routing(handle: EPHandle, num_ranks: int, num_scaleup_ranks: int, owner: int) -> Routing:
@@ -265,12 +258,11 @@ def column_major(sf: torch.Tensor) -> torch.Tensor:
 
 
 def _fields(handle: EPHandle) -> tuple[object, ...]:
-    held = vars(handle)
-    return tuple(held.get(name, _ABSENT) for name in _ROUTING_FIELDS)
+    return tuple(map(vars(handle).get, _ROUTING_FIELDS, repeat(_ABSENT)))
 
 
-def _same(one: tuple[object, ...], other: tuple[object, ...]) -> bool:
-    return all(a is b for a, b in zip(one, other, strict=True))
+def _are(fields: tuple[object, ...], handle: EPHandle) -> bool:
+    return all(map(operator.is_, fields, _fields(handle)))
 
 
 def _metadata(routing: Routing) -> torch.Tensor:

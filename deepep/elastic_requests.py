@@ -6,8 +6,7 @@ is worked out. Making frozen requests out of each other would cost the host a th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,26 +14,16 @@ from deepep.backends.base import Layout, Routing
 from deepep.elastic_handle import EPHandle
 from deepep.errors import InvalidArgument
 from deepep.layout import num_expanded_rows_at_most
-from deepep.validate import check_experts, check_rows, check_tensor, check_topk, check_weights
+from deepep.validate import Bounds, check_experts, check_rows, check_tensor, check_topk, check_weights
 
 
-@dataclass(frozen=True)
-class Named:
+class Named(NamedTuple):
     """What a caller may name and a handle holds; None where it was left out."""
 
     num_experts: int | None
     num_max_tokens_per_rank: int | None
     expert_alignment: int | None
     do_expand: bool | None
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a request is made: R ranks, M where nobody names it, and the most top-k positions the backend takes."""
-
-    num_ranks: int
-    num_max_tokens_per_rank: int
-    max_topk: int
 
 
 def fresh_terms(
@@ -45,9 +34,10 @@ def fresh_terms(
     stats: torch.Tensor | None,
     named: Named,
     do_cpu_sync: bool,
-    place: Place,
+    default_max_tokens: int,
+    bounds: Bounds,
 ) -> dict[str, Any]:
-    """State a dispatch that finds its own routing.
+    """State a dispatch that finds its own routing; M is `default_max_tokens` where the caller names none.
 
     Raises:
         InvalidArgument: names the argument.
@@ -58,22 +48,23 @@ def fresh_terms(
     num_experts, alignment = named.num_experts, 1 if named.expert_alignment is None else named.expert_alignment
     max_tokens = named.num_max_tokens_per_rank
     if max_tokens is None:
-        max_tokens = place.num_max_tokens_per_rank
-    check_experts(op, num_experts, place.num_ranks)
-    check_topk(op, topk_idx, topk_weights, x.shape[0], num_experts, place.max_topk, x.device)
+        max_tokens = default_max_tokens
+    num_tokens, device = x.shape[0], x.device
+    check_experts(op, num_experts, bounds.num_ranks)
+    check_topk(op, topk_idx, topk_weights, num_tokens, num_experts, bounds, device)
     if alignment < 1:
         raise InvalidArgument(f"{op}: expert_alignment={alignment}; it must be at least 1")
-    if max_tokens < max(x.shape[0], 1):
+    if max_tokens < max(num_tokens, 1):
         raise InvalidArgument(
-            f"{op}: num_max_tokens_per_rank is {max_tokens} and x has {x.shape[0]} tokens; it must be at least 1 and "
+            f"{op}: num_max_tokens_per_rank is {max_tokens} and x has {num_tokens} tokens; it must be at least 1 and "
             "at least the tokens of any rank, given here or to the constructor"
         )
-    num_local = num_experts // place.num_ranks
+    num_local = num_experts // bounds.num_ranks
     if stats is not None:
-        check_tensor(op, "cumulative_local_expert_recv_stats", stats, torch.int32, (num_local,), x.device)
+        check_tensor(op, "cumulative_local_expert_recv_stats", stats, torch.int32, (num_local,), device)
     num_worst = None
     if not do_cpu_sync:
-        num_worst = place.num_ranks * max_tokens
+        num_worst = bounds.num_ranks * max_tokens
         if named.do_expand:
             num_worst = num_expanded_rows_at_most(num_worst, topk_idx.shape[1], num_local, alignment)
     return {
@@ -108,14 +99,15 @@ def cached_terms(
     op = "dispatch"
     if topk_idx is not None or do_cpu_sync:
         raise InvalidArgument(f"{op}: handle repeats a routing; leave out topk_idx and do_cpu_sync")
-    for name, value in vars(named).items():
+    for name, value in zip(named._fields, named, strict=True):
         if value is not None and value != getattr(handle, name):
             raise InvalidArgument(
                 f"{op}: {name} is {value} and the handle's is {getattr(handle, name)}; leave it out, or pass the same"
             )
-    check_rows(op, "x", x, handle.topk_idx.shape[0], handle.topk_idx.device)
+    shape, device = handle.topk_idx.shape, handle.topk_idx.device
+    check_rows(op, "x", x, shape[0], device)
     if topk_weights is not None:
-        check_weights(op, topk_weights, tuple(handle.topk_idx.shape), x.device)
+        check_weights(op, topk_weights, shape, device)
     return {
         "x": x,
         "sf": sf,

@@ -13,7 +13,7 @@ class EventHandle:
 
     def __init__(self) -> None:
         self.cuda_event: torch.cuda.Event | None = None
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():
             self.cuda_event = torch.cuda.Event()
             self.cuda_event.record()
 

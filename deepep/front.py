@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +26,7 @@ from deepep.event import Event, EventOverlap
 from deepep.group import make_group
 from deepep.stream import CommStream
 from deepep.topology import Topology
+from deepep.validate import Bounds
 from deepep.version import __version__
 
 Result = TypeVar("Result")
@@ -78,7 +79,9 @@ class Front:
             topology = None
         self.topology = topology or found
         chosen = self._agree_on_backend(registry.requested(backend), on_cuda, options, problem)
-        self._capabilities = chosen.capabilities()
+        self._capabilities = able = chosen.capabilities()
+        self._bounds = Bounds(self.group_size, self.topology.num_scaleout_ranks, able.max_topk, env.debug())
+        self._devices, self._layouts = able.devices, tuple(able.layouts)  # a tuple finds an enum by identity, at once
         self._backend = chosen(self._group, self.topology, BackendOptions(timeout=self.timeout, **options))
 
     @property
@@ -170,22 +173,8 @@ class Front:
             self._missing.discard(rank)
             self._broken = broken if self._missing else None
 
-    @contextmanager
-    def _checking(self, op: str) -> Iterator[Backend]:
-        """Turn a refused argument into the same error on every rank, before anything is sent.
-
-        What is so wrong that the checks themselves trip over it is refused as well.
-        """
-        backend = self._alive(op)
-        try:
-            yield backend
-        except InvalidArgument as error:
-            _refuse(backend, op, error)
-            raise
-        except (AttributeError, TypeError, ValueError) as error:
-            refused = InvalidArgument(f"{op}: an argument is of a wrong kind: {type(error).__name__}: {error}")
-            _refuse(backend, op, refused)
-            raise refused from error
+    def _checking(self, op: str) -> _Checking:
+        return _Checking(self._alive(op), op)
 
     def _dispatch(
         self, op: str, request: DispatchRequest, is_async: bool, previous_event: Event | None
@@ -201,13 +190,13 @@ class Front:
 
     def _fit(self, op: str, x: torch.Tensor, layout: Any) -> Backend:
         backend = self._alive(op)
-        able = self._capabilities
-        if x.device.type not in able.devices:
+        device = "cuda" if x.is_cuda else x.device.type
+        if device not in self._devices:
             raise UnsupportedOperation(
-                f"{op}: backend '{backend.name}' does not work on {x.device.type} tensors (only "
-                f"{', '.join(sorted(able.devices))}); use backend='reference', which takes both"
+                f"{op}: backend '{backend.name}' does not work on {device} tensors (only "
+                f"{', '.join(sorted(self._devices))}); use backend='reference', which takes both"
             )
-        if layout not in able.layouts:
+        if layout not in self._layouts:
             raise UnsupportedOperation(
                 f"{op}: backend '{backend.name}' has no {layout.value} rows; use backend='reference'"
             )
@@ -222,13 +211,39 @@ class Front:
         previous_event: Event | None,
     ) -> tuple[Result, EventOverlap]:
         try:
-            return self._comm_stream.run(
-                work, inputs, is_async=is_async, previous_event=previous_event, on_cuda=on_cuda
-            )
+            return self._comm_stream.run(work, inputs, on_cuda, is_async, previous_event)
         except CommTimeout as error:
             # Who is missing may be unknown; then no mask mends it.
             self._broken, self._missing = str(error), set(error.missing_ranks) or {-1}
             raise
+
+
+class _Checking:
+    """Turns a refused argument into the same error on every rank, before anything is sent.
+
+    What is so wrong that the checks themselves trip over it is refused as well. A class, since every call enters it and
+    a generator's context takes three times as long.
+    """
+
+    __slots__ = ("_backend", "_op")
+
+    def __init__(self, backend: Backend, op: str) -> None:
+        self._backend, self._op = backend, op
+
+    def __enter__(self) -> Backend:
+        return self._backend
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            return
+        if isinstance(error, InvalidArgument):
+            _refuse(self._backend, self._op, error)
+        elif isinstance(error, (AttributeError, TypeError, ValueError)):
+            refused = InvalidArgument(f"{self._op}: an argument is of a wrong kind: {type(error).__name__}: {error}")
+            _refuse(self._backend, self._op, refused)
+            raise refused from error
 
 
 def _refuse(backend: Backend, op: str, error: InvalidArgument) -> None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
+_REDUCTIONS = {item.value: item for item in Reduction}
+
 Hook = Callable[[], None]
 
 
@@ -86,33 +88,34 @@ class LowLatencyMixin(_Base):
         with self._checking(op):
             check_rows(op, "x", x)
             max_tokens = num_max_dispatch_tokens_per_rank
-            if x.dtype != torch.bfloat16:
+            num_tokens, hidden = x.shape
+            device = x.device
+            if x.dtype is not torch.bfloat16:
                 raise InvalidArgument(f"{op}: x is {x.dtype}; it must be bfloat16")
-            if x.shape[0] > max_tokens:
+            if num_tokens > max_tokens:
                 raise InvalidArgument(
-                    f"{op}: x has T = {x.shape[0]} tokens; num_max_dispatch_tokens_per_rank allows {max_tokens}"
+                    f"{op}: x has T = {num_tokens} tokens; num_max_dispatch_tokens_per_rank allows {max_tokens}"
                 )
             check_experts(op, num_experts, self.group_size)
-            max_topk = self._capabilities.max_topk
-            check_topk(op, topk_idx, topk_weights, x.shape[0], num_experts, max_topk, x.device)
+            check_topk(op, topk_idx, topk_weights, num_tokens, num_experts, self._bounds, device)
             num_local = num_experts // self.group_size
             if cumulative_local_expert_recv_stats is not None:
                 check_tensor(
                     op, "cumulative_local_expert_recv_stats", cumulative_local_expert_recv_stats, torch.int32,
-                    (num_local,), x.device,
+                    (num_local,), device,
                 )  # fmt: skip
-            self._check_wait_stats(op, "dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats, x.device)
+            self._check_wait_stats(op, "dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats, device)
             _check_phases(op, async_finish, return_recv_hook)
             request = DispatchRequest(
                 x, None, topk_idx, topk_weights, num_experts,
                 num_max_tokens_per_rank=max_tokens, layout=Layout.PADDED,
-                sf_format=_sf_format(op, x.shape[1], use_fp8, round_scale, use_ue8m0),
+                sf_format=_sf_format(op, hidden, use_fp8, round_scale, use_ue8m0),
                 split_phases=return_recv_hook,
                 cumulative_local_expert_recv_stats=cumulative_local_expert_recv_stats,
                 wait_recv_cost_stats=dispatch_wait_recv_cost_stats,
             )  # fmt: skip
         result, event = self._dispatch(op, request, async_finish, None)
-        handle = make_low_latency_handle(result, x.shape[1], self._owner)
+        handle = make_low_latency_handle(result, hidden, self._owner)
         recv_x = result.x if result.sf is None else (result.x, result.sf)
         return recv_x, result.num_recv_tokens_per_expert, handle, event, result.finish
 
@@ -157,24 +160,25 @@ class LowLatencyMixin(_Base):
                 routing.num_experts // self.group_size, self.group_size * routing.num_max_tokens_per_rank,
                 handle.hidden,
             )  # fmt: skip
-            check_tensor(op, "x", x, torch.bfloat16, rows, routing.dst_rank.device)
+            device = routing.dst_rank.device
+            check_tensor(op, "x", x, torch.bfloat16, rows, device)
             if not zero_copy and not x.is_contiguous():
                 raise InvalidArgument(f"{op}: x must be contiguous")
             if zero_copy and use_logfmt:
                 raise InvalidArgument(f"{op}: zero_copy and use_logfmt exclude each other")
-            max_topk = self._capabilities.max_topk
-            check_topk(op, topk_idx, topk_weights, num_tokens, routing.num_experts, max_topk, x.device)
+            check_topk(op, topk_idx, topk_weights, num_tokens, routing.num_experts, self._bounds, device)
             if topk_weights is None:
                 raise InvalidArgument(f"{op}: topk_weights is needed")
             if out is not None:
-                check_tensor(op, "out", out, torch.bfloat16, (num_tokens, handle.hidden), x.device)
-            if reduction not in {item.value for item in Reduction}:
+                check_tensor(op, "out", out, torch.bfloat16, (num_tokens, handle.hidden), device)
+            added = _REDUCTIONS.get(reduction)
+            if added is None:
                 raise InvalidArgument(f"{op}: reduction is {reduction!r}; it must be 'per_rank' or 'per_copy'")
-            self._check_wait_stats(op, "combine_wait_recv_cost_stats", combine_wait_recv_cost_stats, x.device)
+            self._check_wait_stats(op, "combine_wait_recv_cost_stats", combine_wait_recv_cost_stats, device)
             _check_phases(op, async_finish, return_recv_hook)
             request = CombineRequest(
                 x, routing, scale_topk_idx=topk_idx, scale_topk_weights=topk_weights,
-                reduction=Reduction(reduction), use_logfmt=use_logfmt, zero_copy=zero_copy, out=out,
+                reduction=added, use_logfmt=use_logfmt, zero_copy=zero_copy, out=out,
                 split_phases=return_recv_hook, wait_recv_cost_stats=combine_wait_recv_cost_stats,
             )  # fmt: skip
         result, event = self._combine(op, request, async_finish, None)

@@ -7,7 +7,7 @@ A synchronous call runs on the current stream. An asynchronous one runs on the b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -30,40 +30,40 @@ class CommStream:
         Raises:
             UnsupportedOperation: there is no GPU.
         """
+        if self._stream is not None:
+            return self._stream
         if not torch.cuda.is_available():
             raise UnsupportedOperation("get_comm_stream: streams exist on CUDA devices only, and there is none here")
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(priority=-1)
+        self._stream = torch.cuda.Stream(priority=-1)
         return self._stream
 
     def run(
         self,
         work: Callable[[], Result],
         inputs: Iterable[object],
-        *,
+        on_cuda: bool,
         is_async: bool,
         previous_event: Event | None,
-        on_cuda: bool,
     ) -> tuple[Result, EventOverlap]:
         """Run `work` on the right stream.
 
         Args:
             work: launches the operation on the current stream and returns its results.
-            inputs: tensors, or dataclasses and tuples of them, that `work` reads.
+            inputs: tensors, or dataclasses, tuples and dicts of them, that `work` reads.
+            on_cuda: whether the tensors are on a GPU.
             is_async: run on the communication stream and return an event.
             previous_event: start after it; None starts after the current stream.
-            on_cuda: whether the tensors are on a GPU.
 
         Returns:
             What `work` returned, and the event (whose `.event` is None for a synchronous call).
         """
-        previous = as_handle(previous_event)
-        if not on_cuda:
-            return work(), EventOverlap(EventHandle() if is_async else None)
+        previous = None if previous_event is None else as_handle(previous_event)
         if not is_async:
-            if previous is not None:
+            if previous is not None and on_cuda:
                 previous.current_stream_wait()
             return work(), EventOverlap()
+        if not on_cuda:
+            return work(), EventOverlap(EventHandle())
         return self._run_aside(work, inputs, previous)
 
     def _run_aside(
@@ -72,15 +72,19 @@ class CommStream:
         compute, comm = torch.cuda.current_stream(), self.get()
         if previous is None:
             comm.wait_stream(compute)
-        with torch.cuda.stream(comm):
+        # What `torch.cuda.stream` does besides is for streams of several devices.
+        torch.cuda.set_stream(comm)
+        try:
             if previous is not None:
                 previous.current_stream_wait()
             result = work()
             event = EventHandle()
+        finally:
+            torch.cuda.set_stream(compute)
         # Inputs were allocated for the compute stream and outputs for this one: each is used on the other, too.
-        for tensor in tensors_in(inputs):
+        for tensor in _once(tensors_in(inputs)):
             tensor.record_stream(comm)
-        for tensor in tensors_in(result):
+        for tensor in _once(tensors_in(result)):
             tensor.record_stream(compute)
         return result, EventOverlap(event)
 
@@ -97,13 +101,18 @@ def check_stream_arguments(
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the CUDA tensors inside tuples, lists and dataclasses."""
+    """Yield the CUDA tensors inside tuples, lists, dicts and dataclasses."""
     if isinstance(value, torch.Tensor):
         if value.is_cuda:
             yield value
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from tensors_in(item)
+    elif isinstance(value, dict):
+        yield from tensors_in(tuple(value.values()))
     elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            yield from tensors_in(getattr(value, field.name))
+        yield from tensors_in(vars(value))
+
+
+def _once(tensors: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
+    return {id(tensor): tensor for tensor in tensors}.values()

@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
-from deepep import env
 from deepep.errors import InvalidArgument
 
 ROW_BYTES_MULTIPLE = 16
 topk_idx_t = torch.int64
 COMBINE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# The order of checks and the way they look at a tensor are quick: every call makes them before its first kernel, and a
+# look at a tensor from Python takes 0.1 us, at its shape or for a call of a function somewhat more.
+
+
+class Bounds(NamedTuple):
+    """What a buffer allows; the same for all of its calls.
+
+    Attributes:
+        num_ranks: R.
+        num_scaleout_ranks: hosts.
+        max_topk: most top-k positions the backend takes.
+        is_debug: look at the values of CUDA tensors, too (`DEEPEP_DEBUG` when the buffer was built).
+    """
+
+    num_ranks: int
+    num_scaleout_ranks: int
+    max_topk: int
+    is_debug: bool
+
 
 Payload = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -41,14 +61,15 @@ def check_rows(
     """Check a contiguous [rows, H] payload whose rows are a multiple of 16 bytes; number and device as in a handle."""
     if not isinstance(x, torch.Tensor) or x.dim() != 2 or not x.is_contiguous():
         raise InvalidArgument(f"{op}: {name} is {describe(x)}; it must be a contiguous [rows, H] tensor")
-    if num_rows is not None and x.shape[0] != num_rows:
-        raise InvalidArgument(f"{op}: {name} has {x.shape[0]} rows; the handle's dispatch has {num_rows}")
+    rows, hidden = x.shape
+    if num_rows is not None and rows != num_rows:
+        raise InvalidArgument(f"{op}: {name} has {rows} rows; the handle's dispatch has {num_rows}")
     if device is not None and x.device != device:
         raise InvalidArgument(f"{op}: {name} is on {x.device} and the handle's dispatch on {device}; they must agree")
-    row_bytes = x.shape[1] * x.element_size()
+    row_bytes = hidden * x.element_size()
     if row_bytes == 0 or row_bytes % ROW_BYTES_MULTIPLE:
         raise InvalidArgument(
-            f"{op}: a row of {name} is {x.shape[1]} x {x.element_size()} = {row_bytes} bytes; "
+            f"{op}: a row of {name} is {hidden} x {x.element_size()} = {row_bytes} bytes; "
             f"it must be a multiple of {ROW_BYTES_MULTIPLE}"
         )
 
@@ -63,32 +84,33 @@ def check_experts(op: str, num_experts: int, num_ranks: int) -> None:
 
 def check_topk(
     op: str, topk_idx: torch.Tensor, topk_weights: torch.Tensor | None, num_tokens: int | None, num_experts: int,
-    max_topk: int, device: torch.device | None = None,
+    bounds: Bounds, device: torch.device | None = None,
 ) -> None:  # fmt: skip
     """Check `topk_idx` [T, K] int64 and `topk_weights` [T, K] float32.
 
-    The values (range, the same expert twice) are checked on CPU tensors always, on CUDA tensors under `DEEPEP_DEBUG`,
-    since looking at them there waits for the GPU.
+    The values (range, the same expert twice) are checked on CPU tensors always, on CUDA tensors when debugging, since
+    looking at them there waits for the GPU.
     """
     if not isinstance(topk_idx, torch.Tensor) or topk_idx.dim() != 2 or not topk_idx.is_contiguous():
         raise InvalidArgument(f"{op}: topk_idx is {describe(topk_idx)}; it must be a contiguous [T, K] tensor")
-    if topk_idx.dtype != topk_idx_t:
+    if topk_idx.dtype is not topk_idx_t:
         raise InvalidArgument(f"{op}: topk_idx is {topk_idx.dtype}; it must be {topk_idx_t} (deepep.topk_idx_t)")
     if device is not None and topk_idx.device != device:
         raise InvalidArgument(f"{op}: topk_idx is on {topk_idx.device} and x on {device}; they must be on one device")
-    if num_tokens is not None and topk_idx.shape[0] != num_tokens:
-        raise InvalidArgument(f"{op}: topk_idx has {topk_idx.shape[0]} rows and x has {num_tokens}; they must agree")
-    if not 1 <= topk_idx.shape[1] <= max_topk:
-        raise InvalidArgument(f"{op}: topk_idx has K = {topk_idx.shape[1]} columns; 1 to {max_topk} are allowed")
+    rows, num_topk = topk_idx.shape
+    if num_tokens is not None and rows != num_tokens:
+        raise InvalidArgument(f"{op}: topk_idx has {rows} rows and x has {num_tokens}; they must agree")
+    if not 1 <= num_topk <= bounds.max_topk:
+        raise InvalidArgument(f"{op}: topk_idx has K = {num_topk} columns; 1 to {bounds.max_topk} are allowed")
     if topk_weights is not None:
-        check_weights(op, topk_weights, tuple(topk_idx.shape), topk_idx.device)
-    if values_are_checked(topk_idx):
+        check_weights(op, topk_weights, (rows, num_topk), topk_idx.device)
+    if values_are_checked(topk_idx, bounds):
         _check_topk_values(op, topk_idx, num_experts)
 
 
-def values_are_checked(tensor: torch.Tensor) -> bool:
+def values_are_checked(tensor: torch.Tensor, bounds: Bounds) -> bool:
     """Say whether values may be looked at: reading a CUDA tensor would wait for the GPU, so only when debugging."""
-    return not tensor.is_cuda or (env.debug() and not torch.cuda.is_current_stream_capturing())
+    return not tensor.is_cuda or (bounds.is_debug and not torch.cuda.is_current_stream_capturing())
 
 
 def check_weights(
@@ -97,8 +119,8 @@ def check_weights(
     """Check contiguous float32 weights of a given shape and (where given) device."""
     if (
         not isinstance(topk_weights, torch.Tensor)
-        or topk_weights.dtype != torch.float32
-        or tuple(topk_weights.shape) != shape
+        or topk_weights.dtype is not torch.float32
+        or topk_weights.shape != shape
         or not topk_weights.is_contiguous()
         or (device is not None and topk_weights.device != device)
     ):
@@ -120,7 +142,7 @@ def check_bias(
     for tensor in given:
         if (
             not isinstance(tensor, torch.Tensor)
-            or tuple(tensor.shape) != wanted
+            or tensor.shape != wanted
             or (tensor.dtype, tensor.device) != (like.dtype, like.device)
             or not tensor.is_contiguous()
         ):
@@ -136,8 +158,8 @@ def check_tensor(
     """Check dtype, shape and (where given) device of an auxiliary tensor."""
     if (
         not isinstance(tensor, torch.Tensor)
-        or tensor.dtype != dtype
-        or tuple(tensor.shape) != shape
+        or tensor.dtype is not dtype
+        or tensor.shape != shape
         or (device is not None and tensor.device != device)
     ):
         raise InvalidArgument(f"{op}: {name} is {describe(tensor)}; it must be {dtype} {list(shape)}{_on(device)}")

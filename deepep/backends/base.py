@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from deepep.errors import InvalidArgument, UnsupportedOperation
+from deepep.records import quickly_made
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +83,7 @@ class BackendOptions:
     timeout: float = 100.0
 
 
+@quickly_made
 @dataclass(frozen=True)
 class Routing:
     """Where the rows of one dispatch went: all a cached dispatch or a combine needs, held by the user's handle.
@@ -121,6 +123,7 @@ class Routing:
     private: Any = None
 
 
+@quickly_made
 @dataclass(frozen=True)
 class DispatchRequest:
     """Send every token to the ranks of its experts.
@@ -166,6 +169,7 @@ class DispatchRequest:
     wait_recv_cost_stats: torch.Tensor | None = None
 
 
+@quickly_made
 @dataclass(frozen=True)
 class DispatchResult:
     """What arrived.
@@ -197,6 +201,7 @@ class DispatchResult:
     finish: Callable[[], None] | None = None
 
 
+@quickly_made
 @dataclass(frozen=True)
 class CombineRequest:
     """Bring expert outputs home and add them up (CONTRACT, 'Arithmetic of combine').
@@ -236,6 +241,7 @@ class CombineRequest:
     wait_recv_cost_stats: torch.Tensor | None = None
 
 
+@quickly_made
 @dataclass(frozen=True)
 class CombineResult:
     """What came home: `x` [T, H], `topk_weights` [T, K] float32 or None, `finish` as in `DispatchResult`."""
