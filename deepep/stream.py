@@ -23,6 +23,7 @@ class CommStream:
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
+        self._fork: torch.cuda.Event | None = None  # one serves all calls: a wait is for what was recorded before it
 
     def get(self) -> torch.cuda.Stream:
         """Give the stream.
@@ -71,7 +72,10 @@ class CommStream:
     ) -> tuple[Result, EventOverlap]:
         compute, comm = torch.cuda.current_stream(), self.get()
         if previous is None:
-            comm.wait_stream(compute)
+            if self._fork is None:
+                self._fork = torch.cuda.Event()
+            self._fork.record(compute)
+            comm.wait_event(self._fork)
         # What `torch.cuda.stream` does besides is for streams of several devices.
         torch.cuda.set_stream(comm)
         try:
