@@ -32,6 +32,8 @@ class Layout(enum.Enum):
     EXPANDED = "expanded"  # [rows, H]: one row per (source token, local expert), grouped and aligned by expert
     PADDED = "padded"  # [L, R*M, H]: per local expert, rows [0, count) valid
 
+    __hash__ = object.__hash__  # of enum, it would be a Python function, and plans are looked up by layout at each call
+
 
 class Reduction(enum.Enum):
     """Where the expert outputs of one token are added up (CONTRACT, 'Low latency' and 'Arithmetic of combine')."""

@@ -38,9 +38,12 @@ class IpcBackend(Backend):
 
     def __init__(self, group: Group, topology: Topology, options: BackendOptions) -> None:
         super().__init__(group, topology, options)
+        # Not before, since a probe must not fail where numpy is missing; and not at each call, which would take 1 us.
+        from deepep.cuda import combine, dispatch
         from deepep.cuda.engine import make_engine
         from deepep.cuda.layout import LayoutCounter
 
+        self._dispatch, self._combine, self._sent = dispatch.dispatch, combine.combine, dispatch.Sent
         self._device = torch.cuda.current_device()
         per_gpu = topology.ranks_per_gpu(group.rank)
 
@@ -82,11 +85,9 @@ class IpcBackend(Backend):
         """Send tokens to the ranks of their experts."""
         if request.layout is Layout.PADDED:
             return self._ll("low_latency_dispatch").dispatch(request)
-        from deepep.cuda.dispatch import Sent, dispatch
-
-        result = dispatch(self._engine, request)
+        result = self._dispatch(self._engine, request)
         sent = result.routing.private
-        if isinstance(sent, Sent) and sent.num_rows:  # else the host does not know how many there were
+        if isinstance(sent, self._sent) and sent.num_rows:  # else the host does not know how many there were
             self.traffic.add(sent.num_rows, self.group.rank, sent.row_bytes)
         return result
 
@@ -94,9 +95,7 @@ class IpcBackend(Backend):
         """Bring rows home and reduce them."""
         if request.routing.layout is Layout.PADDED:
             return self._ll("low_latency_combine").combine(request)
-        from deepep.cuda.combine import combine
-
-        return combine(self._engine, request)
+        return self._combine(self._engine, request)
 
     def dispatch_layout(self, topk_idx: torch.Tensor, num_experts: int) -> DispatchLayout:
         """Count this rank's tokens per rank, host and expert: one kernel that nothing waits for."""
