@@ -38,9 +38,10 @@ extern "C" __global__ void __launch_bounds__(deepep::kLlThreads)
     __syncthreads();
     if (args.is_barrier) barrier(args, call);
     for (uint32_t bank = 0; bank < kLlBanks; ++bank) {
-        uint64_t* words = reinterpret_cast<uint64_t*>(
+        // Arrays start and end at whole lines.
+        Vec16* words = reinterpret_cast<Vec16*>(
             call.transport.local(args.words_offset + bank * args.common.window.bank_stride));
-        for (uint64_t i = threadIdx.x; i < args.num_words; i += kLlThreads) words[i] = 0;
+        for (uint64_t i = threadIdx.x; i < args.num_words / 2; i += kLlThreads) words[i] = {};
     }
     uint32_t* counters = reinterpret_cast<uint32_t*>(call.state);
     if (counters + threadIdx.x < call.state->mask) counters[threadIdx.x] = 0;

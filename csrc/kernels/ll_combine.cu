@@ -1,7 +1,8 @@
 // Low-latency combine: the owner of a token's experts weighs and sums their rows, rounds once and pushes one row to the
 // token's home (or, per copy, pushes every row as it is); the home adds up what arrives in the contract's order, its
-// own rows straight from where they lie. Weights came with dispatch or, if not, are pushed to the owners first.
-#include <deepep/ll_sums.cuh>
+// own rows straight from where they lie. Weights came with dispatch or, if not, are pushed to the owners first. Sums of
+// few tokens travel as lines, each token's as many as its home has.
+#include <deepep/ll_sum_lines.cuh>
 
 namespace deepep {
 namespace {
@@ -21,39 +22,35 @@ struct Debt {
     __device__ static uint32_t count(const LlCombineArgs& args) { return args.common.shape.num_ranks - args.keeps_own; }
 };
 
+__device__ __forceinline__ bool is_lined(const LlCombineArgs& args, uint32_t num_tokens) {
+    return !args.is_per_copy && is_lined(args.common.shape, num_tokens);
+}
+
 // The choice of the team's first debt, whose source may turn out not to have that many tokens.
 __device__ Choice load_first(const LlCombineArgs& args, const Team& team) {
     if (Debt::count(args) == 0) return {};
-    const Debt debt(args, team.global_index());
+    const Debt debt(args, team.global_index() / args.debt_parts);
     if (debt.token >= args.common.shape.num_max_tokens) return {};
     const bool is_own = debt.source == args.common.shape.rank;
     if (is_own && debt.token >= args.common.num_tokens) return {};
     return load_choice(args, debt.index, team.thread, is_own);
 }
 
-// Push what this rank owes, to itself only where it does not keep it.
-__device__ void send(const LlCombineArgs& args, const LlCall& call, const Team& team, const uint32_t* headers,
-                     Choice choice, const OwnWeight& weight) {
-    __shared__ Terms listed[kLlMaxTeams][2];
+// Push the rows that travel behind flags. `choice` is of the team's first debt.
+__device__ void send_slots(const LlCombineArgs& args, const LlCall& call, const Team& team, const uint32_t* headers,
+                           uint32_t num_debts, Choice choice, bool has_choice, Terms (&listed)[2], uint32_t turn) {
     const LlCommon& common = args.common;
     const LlShape& shape = common.shape;
-    send_weights(args, call, weight);
-    uint32_t max_tokens = 0;
-    for (uint32_t rank = 0; rank < shape.num_ranks; ++rank) {
-        max_tokens = max_of(max_tokens, headers[rank] & ~kHasWeights);
-    }
     const uint32_t row_vecs = shape.hidden / Bf16::kPerVec;
-    bool is_first = true;
-    uint32_t turn = 0;
-    for (uint32_t number = team.global_index(); number < max_tokens * Debt::count(args);
-         number += team.global_count(), is_first = false) {
+    for (uint32_t number = team.global_index(); number < num_debts;
+         number += team.global_count(), has_choice = false) {
         const Debt debt(args, number);
         const uint32_t source = debt.source, header = headers[source];
-        if (debt.token >= (header & ~kHasWeights) || call.is_masked(source)) continue;
-        if (!is_first) choice = load_choice(args, debt.index, team.thread, source == shape.rank);
-        Terms& terms = listed[team.index][turn];
+        if (debt.token >= tokens_of(header) || is_lined(args, tokens_of(header))) continue;
+        if (!has_choice) choice = load_choice(args, debt.index, team.thread, source == shape.rank);
+        Terms& terms = listed[turn];
         turn ^= 1;
-        list_terms(args, call, team, source, debt.index, weights_of(args, source, header), choice, terms);
+        list_terms(args, call, team, source, debt.index, weights_of(args, source, header), choice, terms, true);
         team.sync();
         if ((terms.owes[0] | terms.owes[1]) == 0) continue;
         const uint64_t first = static_cast<uint64_t>(debt.token) * shape.num_slots;
@@ -75,10 +72,48 @@ __device__ void send(const LlCombineArgs& args, const LlCall& call, const Team& 
     }
 }
 
-// By the first threads of a team: wait for the rows of one token, and list where they are among its slots. `owners` are
-// the ranks of its choices.
+// Push the rows that travel as lines, each in as many parts as there are teams for. Gives the next of the two `listed`.
+__device__ uint32_t send_lines(const LlCombineArgs& args, const LlCall& call, const Team& team,
+                               const uint32_t* headers, uint32_t num_debts, Choice choice, Terms (&listed)[2]) {
+    const uint32_t rank = args.common.shape.rank, parts = args.debt_parts;
+    uint32_t turn = 0;
+    bool is_first = true;
+    for (uint32_t number = team.global_index(); number < num_debts * parts;
+         number += team.global_count(), is_first = false) {
+        const Debt debt(args, number / parts);
+        const uint32_t source = debt.source, header = headers[source];
+        if (debt.token >= tokens_of(header) || !is_lined(args, tokens_of(header))) continue;
+        if (!is_first) choice = load_choice(args, debt.index, team.thread, source == rank);
+        Terms& terms = listed[turn];
+        turn ^= 1;
+        const Weights from = weights_of(args, source, header);
+        list_terms(args, call, team, source, debt.index, from, choice, terms, false);
+        team.sync();
+        if ((terms.owes[0] | terms.owes[1]) == 0) continue;
+        push_lines(args, call, team, source, debt.token, debt.index, from == Weights::kSentNow, number % parts, parts,
+                   terms);
+    }
+    return turn;
+}
+
+// Push what this rank owes, to itself only where it does not keep it. `choice` is of the team's first debt.
+__device__ void send(const LlCombineArgs& args, const LlCall& call, const Team& team, const uint32_t* headers,
+                     const Choice& choice, const OwnWeight& weight) {
+    __shared__ Terms listed[kLlMaxTeams][2];
+    send_weights(args, call, weight);
+    uint32_t max_tokens = 0;
+    for (uint32_t rank = 0; rank < args.common.shape.num_ranks; ++rank) {
+        max_tokens = max_of(max_tokens, tokens_of(headers[rank]));
+    }
+    const uint32_t num_debts = max_tokens * Debt::count(args);
+    const uint32_t turn = send_lines(args, call, team, headers, num_debts, choice, listed[team.index]);
+    send_slots(args, call, team, headers, num_debts, choice, args.debt_parts == 1, listed[team.index], turn);
+}
+
+// By the first threads of a team: list where the rows of one token are among its slots, and, unless they come as lines,
+// wait for them. `owners` are the ranks of its choices.
 __device__ void await_terms(const LlCombineArgs& args, const LlCall& call, const Team& team, uint32_t token,
-                            const int32_t* owners, Terms& terms) {
+                            const int32_t* owners, Terms& terms, bool as_lines) {
     const LlShape& shape = args.common.shape;
     const uint32_t k = team.thread;
     if (k >= kLlMaxTopk) return;
@@ -93,7 +128,9 @@ __device__ void await_terms(const LlCombineArgs& args, const LlCall& call, const
         for (uint32_t later = k + 1; is_valid && later < shape.num_topk; ++later) is_valid = owners[later] != owner;
         terms.row[k] = owner;
     }
-    if (is_valid && !(args.keeps_own && owner == static_cast<int32_t>(shape.rank))) {
+    if (is_valid && as_lines) {
+        is_valid = !call.is_masked(owner);
+    } else if (is_valid && !(args.keeps_own && owner == static_cast<int32_t>(shape.rank))) {
         const uint64_t slot = static_cast<uint64_t>(token) * shape.num_slots + terms.row[k];
         uint32_t value;
         is_valid =
@@ -143,6 +180,12 @@ __device__ HomeChoice load_home(const LlCombineArgs& args, const Team& team, uin
     return choice;
 }
 
+__device__ __forceinline__ void list_owners(const LlShape& shape, const Team& team, const HomeChoice& choice,
+                                            Home& home) {
+    if (team.thread >= shape.num_topk) return;
+    home.owners[team.thread] = choice.expert < 0 ? -1 : choice.expert / static_cast<int32_t>(shape.num_local_experts);
+}
+
 // This rank's own sum is made before the team waits for the others.
 __device__ void add_up(const LlCombineArgs& args, const LlCall& call, const Team& team, uint32_t token,
                        const HomeChoice& choice, Vec16* own, Home& home) {
@@ -152,14 +195,11 @@ __device__ void add_up(const LlCombineArgs& args, const LlCall& call, const Team
     const Vec16* slots = reinterpret_cast<const Vec16*>(call.own_bytes(args.common.window.combine_slots)) +
                          static_cast<uint64_t>(token) * shape.num_slots * row_vecs;
     Vec16* out = pointer<Vec16>(args.out) + static_cast<uint64_t>(token) * row_vecs;
-    if (team.thread < shape.num_topk) {
-        home.owners[team.thread] =
-            choice.expert < 0 ? -1 : choice.expert / static_cast<int32_t>(shape.num_local_experts);
-    }
-    if (args.keeps_own) list_terms(args, call, team, shape.rank, index, Weights::kOwn, choice.own, home.own);
+    list_owners(shape, team, choice, home);
+    if (args.keeps_own) list_terms(args, call, team, shape.rank, index, Weights::kOwn, choice.own, home.own, true);
     team.sync();
     if (args.keeps_own) put_sum(args, team, home.own, own);
-    await_terms(args, call, team, token, home.owners, home.all);
+    await_terms(args, call, team, token, home.owners, home.all, false);
     team.sync();
     const int32_t own_slot = args.keeps_own ? static_cast<int32_t>(shape.rank) : -1;
     if (args.is_per_copy) {
@@ -169,20 +209,46 @@ __device__ void add_up(const LlCombineArgs& args, const LlCall& call, const Team
     }
 }
 
-// A team's first token: from the last team on, since the first ones have rows to send.
-__device__ __forceinline__ uint32_t first_token(const Team& team) {
+// A team's first token or part of one: from the last team on, since the first ones have rows to send.
+__device__ __forceinline__ uint32_t first_at_home(const Team& team) {
     return team.global_count() - 1 - team.global_index();
 }
 
-__device__ void receive(const LlCombineArgs& args, const LlCall& call, const Team& team, HomeChoice choice,
-                        Vec16* own_sums) {
-    __shared__ Home homes[kLlMaxTeams][2];
+__device__ void receive_slots(const LlCombineArgs& args, const LlCall& call, const Team& team, HomeChoice choice,
+                              Home (&homes)[2], Vec16* own_sums) {
     Vec16* own = own_sums + team.index * (args.common.shape.hidden / Bf16::kPerVec);
     uint32_t turn = 0;
-    for (uint32_t token = first_token(team); token < args.common.num_tokens; turn ^= 1) {
-        add_up(args, call, team, token, choice, own, homes[team.index][turn]);
+    for (uint32_t token = first_at_home(team); token < args.common.num_tokens; turn ^= 1) {
+        add_up(args, call, team, token, choice, own, homes[turn]);
         token += team.global_count();
         choice = load_home(args, team, token);
+    }
+}
+
+__device__ void receive_lines(const LlCombineArgs& args, const LlCall& call, const Team& team, HomeChoice choice,
+                              Home (&homes)[2]) {
+    const uint32_t parts = args.home_parts;
+    uint32_t turn = 0;
+    for (uint32_t number = first_at_home(team); number < args.common.num_tokens * parts; turn ^= 1) {
+        const uint32_t token = number / parts;
+        Home& home = homes[turn];
+        list_owners(args.common.shape, team, choice, home);
+        team.sync();
+        await_terms(args, call, team, token, home.owners, home.all, true);
+        team.sync();
+        add_lines(args, call, team, token, number % parts, parts, home.all);
+        number += team.global_count();
+        choice = load_home(args, team, number / parts);
+    }
+}
+
+__device__ void receive(const LlCombineArgs& args, const LlCall& call, const Team& team, const HomeChoice& choice,
+                        Vec16* own_sums) {
+    __shared__ Home homes[kLlMaxTeams][2];
+    if (is_lined(args, args.common.num_tokens)) {
+        receive_lines(args, call, team, choice, homes[team.index]);
+    } else {
+        receive_slots(args, call, team, choice, homes[team.index], own_sums);
     }
 }
 
@@ -200,12 +266,15 @@ extern "C" __global__ void __launch_bounds__(deepep::kLlThreads, deepep::kLlBloc
     const Team team(common.team_threads);
     LlCall call(common, kLlCombine, shared);
     const Choice debt = common.phases & kLlSend ? load_first(args, team) : Choice{};
-    const HomeChoice home = common.phases & kLlRecv ? load_home(args, team, first_token(team)) : HomeChoice{};
+    const uint32_t first = first_at_home(team) / args.home_parts;
+    const HomeChoice home = common.phases & kLlRecv ? load_home(args, team, first) : HomeChoice{};
     const OwnWeight weight = common.phases & kLlSend ? load_weight(args, global_thread()) : OwnWeight{};
     uint32_t header = 0;
     if (threadIdx.x < common.shape.num_ranks) header = pointer<const uint32_t>(common.sources)[threadIdx.x];
     call.prepare(credits, args.combine_epoch);
-    if (threadIdx.x < common.shape.num_ranks) headers[threadIdx.x] = header;
+    // Nothing is owed to a rank that is left out from the start; one that is lost later gets what it is owed, so that
+    // all threads of a team agree.
+    if (threadIdx.x < common.shape.num_ranks) headers[threadIdx.x] = call.is_masked(threadIdx.x) ? 0 : header;
     call.begin(args.combine_epoch);
     if (common.phases & kLlSend) send(args, call, team, headers, debt, weight);
     if (common.phases & kLlRecv) receive(args, call, team, home, own_sums);

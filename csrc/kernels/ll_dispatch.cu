@@ -1,7 +1,7 @@
 // Low-latency dispatch: push each token once to every rank of its experts, into the slot [source][token] of the
 // receiver, and lay rows out per local expert there. A block first sends its tokens, then its teams receive rows; the
 // two phases may also be two launches. No block waits for another one of its own grid.
-#include <deepep/ll_lay_out.cuh>
+#include <deepep/ll_receive.cuh>
 
 namespace deepep {
 namespace {
@@ -14,7 +14,9 @@ __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table) {
     const Range range(common.num_tokens);
     const bool is_sending = (common.phases & kLlSend) != 0, is_receiving = (common.phases & kLlRecv) != 0;
     // Rows that stay skip the window where one launch does everything and blocks can remember their tokens.
-    const bool is_direct = is_sending && is_receiving && range.per_block <= kDirectTokens;
+    // As lines they take the window like all others: nobody has to wait for them, and all are laid out at once.
+    const bool as_lines = is_lined(common.shape, common.num_tokens);
+    const bool is_direct = !as_lines && is_sending && is_receiving && range.per_block <= kDirectTokens;
     Outgoing<kFp8> last;
     if (is_sending) {
         const uint32_t num_scanned = (range.is_publisher ? common.num_tokens : range.begin) * common.shape.num_topk;
@@ -22,7 +24,7 @@ __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table) {
         Held held;
         Choices choices = {{-1, -1}, {-1, -1}, {0, 0}};
         if (range.begin < range.end) {
-            choices = load_choices(args, range.begin);
+            choices = load_choices(args, range.begin, as_lines);
             held = load_unit<kFp8>(args, range.begin, threadIdx.x);
         }
         clear(args, table);  // while the loads are on their way
@@ -35,13 +37,17 @@ __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table) {
             __syncthreads();
             if (range.begin < range.end) clear(args, table);
         }
-        last = send<kFp8>(args, call, range, held, choices, table, is_direct ? stays : nullptr);
+        if (as_lines) {
+            send_lines<kFp8>(args, call, range, held, choices, table);
+        } else {
+            last = send<kFp8>(args, call, range, held, choices, table, is_direct ? stays : nullptr);
+        }
         __syncthreads();
     } else {
         call.prepare(credits, common.call_epoch);
         call.begin(common.call_epoch);
     }
-    if (is_receiving) receive<kFp8>(args, call, range, last, table, is_direct ? stays : nullptr);
+    if (is_receiving) receive<kFp8>(args, call, range, last, table, is_direct ? stays : nullptr, as_lines);
     call.end();
 }
 

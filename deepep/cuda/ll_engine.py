@@ -156,6 +156,10 @@ class LowLatencyEngine:
             num_slots=shape.num_slots,
             slot_bytes=shape.slot_bytes,
             choice_offset=shape.choice_offset,
+            line_tokens=shape.num_line_tokens,
+            dispatch_line_bytes=shape.dispatch_line_bytes,
+            combine_line_bytes=shape.combine_line_bytes,
+            line_row_offset=shape.line_row_offset,
         )
         # Launches copy their arguments, so one struct of each kind serves all calls but those of two phases.
         self._dispatch_args = LlDispatchArgs(common=self._common)
@@ -198,7 +202,11 @@ class LowLatencyEngine:
         kernel = self._dispatch_kernel.handle
         kept = (request, recv_x, recv_sf, recv_count, src_info, layout_range, routing)
         common = args.common
-        num_blocks, common.team_threads = self._grid(kernel, x.shape[0], request.num_sms)
+        if x.shape[0] <= shape.num_line_tokens:
+            row_vecs = shape.hidden // (8 if request.sf_format is None else 16)
+            num_blocks, common.team_threads = self._line_grid(kernel, x.shape[0], request.num_sms, row_vecs, False)
+        else:
+            num_blocks, common.team_threads = self._grid(kernel, x.shape[0], request.num_sms)
         common.num_tokens = x.shape[0]
         launch = _Launch(self, kernel, num_blocks, self._table_bytes, args, kept)
         finish = launch.start(request.split_phases)
@@ -229,14 +237,28 @@ class LowLatencyEngine:
         args.topk_idx, args.topk_weights = _pointer(request.scale_topk_idx), _pointer(request.scale_topk_weights)
         args.is_per_copy, args.use_logfmt = int(is_per_copy), int(request.use_logfmt)
         args.has_sent_weights = int(routing.sent is not None)
-        # Between two launches the caller may change x, so then its own sums travel like the others.
-        args.keeps_own = keeps_own = int(self._keeps_own and not is_per_copy and not request.split_phases)
+        is_lined = routing.num_tokens <= self.shape.num_line_tokens and not is_per_copy
+        # Between two launches the caller may change x, so then its own sums travel like the others. So they do as
+        # lines: blocks that wait for other rows anyway would make them later than blocks of their own do.
+        args.keeps_own = keeps_own = int(
+            self._keeps_own and not is_per_copy and not is_lined and not request.split_phases
+        )
         common = args.common
         routing.address(common)
         common.wait_stats = _pointer(request.wait_recv_cost_stats)
         common.num_tokens = routing.num_tokens
         kernel = self._combine_kernel.handle
-        num_blocks, team = self._grid(kernel, routing.num_tokens, request.num_sms)
+        args.debt_parts = args.home_parts = 1
+        if is_lined:
+            row_vecs = self.shape.hidden // 8
+            num_blocks, team = self._line_grid(kernel, routing.num_tokens, request.num_sms, row_vecs, True)
+            # Ranks need not agree on these: a line does not tell who sent it.
+            most, num_teams = -(-row_vecs // team), num_blocks * (_MAX_TEAM // team)
+            num_rows = max(routing.num_tokens, 1)
+            args.debt_parts = max(1, min(most, num_teams // (num_rows * self.shape.num_ranks)))
+            args.home_parts = max(1, min(most, num_teams // num_rows))
+        else:
+            num_blocks, team = self._grid(kernel, routing.num_tokens, request.num_sms)
         common.team_threads = team
         smem = self._own_bytes(team) if keeps_own else 0
         launch = _Launch(self, kernel, num_blocks, smem, args, (request, x, out, epoch))
@@ -288,16 +310,39 @@ class LowLatencyEngine:
 
     def _grid(self, kernel: int, num_tokens: int, num_sms: int) -> tuple[int, int]:
         """Choose blocks and threads per team: as many threads on a row as leave every row a team of its own."""
-        max_blocks = self._max_blocks[kernel]
-        if num_sms:
-            max_blocks = max(1, min(max_blocks, 2 * num_sms))
-        tokens = max(num_tokens, self.shape.num_max_tokens // 16, 1)  # the others may have more
+        max_blocks = self._block_limit(kernel, num_sms)
+        tokens = self._likely_tokens(num_tokens)
         num_rows = tokens * max(self.shape.num_ranks - 1, 1)
         team = _MAX_TEAM
         while team > _MIN_TEAM and max_blocks * (_MAX_TEAM // team) < num_rows:
             team //= 2
         rows_per_block = _MAX_TEAM // team
         return min(max_blocks, max(tokens + 1, -(-num_rows // rows_per_block))), team
+
+    def _line_grid(
+        self, kernel: int, num_tokens: int, num_sms: int, row_vecs: int, is_combine: bool
+    ) -> tuple[int, int]:
+        """Choose the same where rows are lines: one vector per thread, and a rank's own rows are like the others'.
+
+        In combine several teams may share a row, and those that add up need not have sent before.
+        """
+        max_blocks = self._block_limit(kernel, num_sms)
+        tokens = self._likely_tokens(num_tokens)
+        num_rows = tokens * self.shape.num_ranks
+        team = _MAX_TEAM
+        while team > _MIN_TEAM and (team >= 2 * row_vecs or max_blocks * (_MAX_TEAM // team) < num_rows):
+            team //= 2
+        num_items = (num_rows + tokens) * -(-row_vecs // team) if is_combine else num_rows
+        rows_per_block = _MAX_TEAM // team
+        return min(max_blocks, max(tokens + 1, -(-num_items // rows_per_block))), team
+
+    def _block_limit(self, kernel: int, num_sms: int) -> int:
+        max_blocks = self._max_blocks[kernel]
+        return max(1, min(max_blocks, 2 * num_sms)) if num_sms else max_blocks
+
+    def _likely_tokens(self, num_tokens: int) -> int:
+        """Tokens to choose a grid for: the other ranks may have more than this one."""
+        return max(num_tokens, self.shape.num_max_tokens // 16, 1)
 
     def _routing(self, request: DispatchRequest, private: LlRouting) -> Routing:
         shape = self.shape

@@ -18,6 +18,10 @@ SPARE_BYTES = 1 << 20
 _STATE_BYTES = 4096
 _CHOICE_BYTES = 16
 _SLOT_ALIGNMENT = 128
+_OCTET_BYTES, _OCTET_LINE_BYTES = 8 * 16, 11 * 16  # of a row, and of the lines that hold them
+
+DEFAULT_LINE_TOKENS = 32
+"""Up to how many tokens a rank sends them as lines; more are better off with a third less bytes and a fence."""
 
 DISPATCH = KernelSpec("ll_dispatch_kernel", "kernels/ll_dispatch.cu")
 COMBINE = KernelSpec("ll_combine_kernel", "kernels/ll_combine.cu")
@@ -44,7 +48,7 @@ class LlWindow(ctypes.Structure):
     _fields_ = _fields(
         {
             "state headers counts present dispatch_credits arrived weights combine_credits": ctypes.c_uint64,
-            "dispatch_slots combine_slots bank_stride": ctypes.c_uint64,
+            "dispatch_lines combine_lines dispatch_slots combine_slots bank_stride": ctypes.c_uint64,
         }
     )
 
@@ -56,6 +60,7 @@ class LlShape(ctypes.Structure):
         {
             "rank num_ranks num_experts num_local_experts num_topk hidden": ctypes.c_uint32,
             "num_max_tokens num_slots slot_bytes choice_offset": ctypes.c_uint32,
+            "line_tokens dispatch_line_bytes combine_line_bytes line_row_offset": ctypes.c_uint32,
         }
     )
 
@@ -94,7 +99,7 @@ class LlCombineArgs(ctypes.Structure):
         *_fields(
             {
                 "x topk_idx topk_weights out combine_epoch": ctypes.c_uint64,
-                "is_per_copy use_logfmt has_sent_weights keeps_own": ctypes.c_uint32,
+                "is_per_copy use_logfmt has_sent_weights keeps_own debt_parts home_parts": ctypes.c_uint32,
             }
         ),
     ]
@@ -120,6 +125,7 @@ class Shape:
         num_max_tokens: M.
         hidden: H, channels of bf16.
         per_copy: room for a row per choice of a token, not only per rank.
+        line_tokens: up to how many tokens of a rank travel as lines, whose flags are inside.
     """
 
     num_ranks: int
@@ -128,6 +134,7 @@ class Shape:
     num_max_tokens: int
     hidden: int
     per_copy: bool = False
+    line_tokens: int = DEFAULT_LINE_TOKENS
 
     @property
     def num_local_experts(self) -> int:
@@ -149,6 +156,26 @@ class Shape:
         """Size of a dispatch slot."""
         return align(self.choice_offset + _CHOICE_BYTES * self.num_topk, _SLOT_ALIGNMENT)
 
+    @property
+    def num_line_tokens(self) -> int:
+        """P, tokens of a rank for whose lines there is room."""
+        return min(self.line_tokens, self.num_max_tokens)
+
+    @property
+    def line_row_offset(self) -> int:
+        """Byte of a dispatched token's lines where the row starts; the choices come first."""
+        return align(_CHOICE_BYTES * self.num_topk, _SLOT_ALIGNMENT)
+
+    @property
+    def combine_line_bytes(self) -> int:
+        """Size of a row of bf16 as lines."""
+        return align(-(-2 * self.hidden // _OCTET_BYTES) * _OCTET_LINE_BYTES, _SLOT_ALIGNMENT)
+
+    @property
+    def dispatch_line_bytes(self) -> int:
+        """Size of a dispatched token as lines; an FP8 row takes less, its scales ride along."""
+        return self.line_row_offset + self.combine_line_bytes
+
 
 @dataclass(frozen=True)
 class Division:
@@ -157,7 +184,7 @@ class Division:
     Attributes:
         window: offsets for the kernels.
         words_offset: first byte of bank 0's words.
-        num_words: 64-bit words of one bank.
+        num_words: 64-bit words of one bank, lines included.
         num_bytes: size of it all.
     """
 
@@ -168,7 +195,7 @@ class Division:
 
 
 def divide(shape: Shape) -> Division:
-    """Divide the window: state, then per bank the words and the slots, each array at a multiple of 128 bytes."""
+    """Divide the window: state, then per bank words, lines and slots, each array at a multiple of 128 bytes."""
     ranks, tokens = shape.num_ranks, shape.num_max_tokens
     words = {
         "headers": ranks,
@@ -180,6 +207,9 @@ def divide(shape: Shape) -> Division:
         "combine_credits": ranks,
     }
     sizes = {name: 8 * count for name, count in words.items()}
+    # Lines, like words, must never show an epoch that is not theirs, so they are cleaned like words.
+    sizes["dispatch_lines"] = ranks * shape.num_line_tokens * shape.dispatch_line_bytes
+    sizes["combine_lines"] = shape.num_line_tokens * ranks * shape.combine_line_bytes
     first_slot_name = "dispatch_slots"
     sizes[first_slot_name] = ranks * tokens * shape.slot_bytes
     sizes["combine_slots"] = tokens * shape.num_slots * 2 * shape.hidden

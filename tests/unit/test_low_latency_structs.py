@@ -57,6 +57,8 @@ def test_limits_agree(constant: str, value: int) -> None:
         Shape(3, 9, 64, 5, 2880),
         Shape(8, 64, 8, 17, 128, per_copy=True),
         Shape(2, 8, 8, 17, 128, per_copy=True),
+        Shape(2, 8, 8, 17, 128, line_tokens=0),
+        Shape(2, 8, 8, 17, 128, line_tokens=5),
     ],
 )
 def test_arrays_follow_each_other_without_overlap(shape: Shape) -> None:
@@ -69,6 +71,8 @@ def test_arrays_follow_each_other_without_overlap(shape: Shape) -> None:
         "arrived": 8 * tokens * shape.num_slots,
         "weights": 8 * ranks * tokens * shape.num_topk,
         "combine_credits": 8 * ranks,
+        "dispatch_lines": ranks * shape.num_line_tokens * shape.dispatch_line_bytes,
+        "combine_lines": shape.num_line_tokens * ranks * shape.combine_line_bytes,
         "dispatch_slots": ranks * tokens * shape.slot_bytes,
         "combine_slots": tokens * shape.num_slots * 2 * shape.hidden,
     }
@@ -82,6 +86,7 @@ def test_arrays_follow_each_other_without_overlap(shape: Shape) -> None:
     assert division.words_offset + 8 * division.num_words == division.window.dispatch_slots
     assert division.num_bytes == division.words_offset + ll_structs.NUM_BANKS * division.window.bank_stride
     assert shape.slot_bytes >= 2 * shape.hidden + 16 * shape.num_topk
+    assert shape.combine_line_bytes >= 2 * shape.hidden * 4 // 3
 
 
 def test_a_large_decode_window_is_under_100_mb() -> None:

@@ -51,8 +51,8 @@ struct LlCall {
           state(pointer<LlState>(common.own_base + common.window.state)),
           deadline(global_timer_ns() + common.timeout_ns) {}
 
-    // Start: issue all loads that nothing depends on, and, where the launch sends, wait until every rank is through with
-    // what the bank held before. `credits` is where ranks say so. The barrier of begin() then covers all of it.
+    // Start: issue all loads that nothing depends on, and, where the launch sends, wait until every rank is through
+    // with what the bank held before. `credits` is where ranks say so. The barrier of begin() then covers all of it.
     __device__ void prepare(uint64_t credits, uint64_t call_epoch) const {
         constexpr uint32_t kEpochThread = 3 * kWarpSize;  // of another warp than those that look at ranks
         static_assert(kEpochThread >= kLlMaxRanks, "one thread has one task");
@@ -175,10 +175,12 @@ struct LlCall {
         for (uint32_t spin = 1; !peek<kData>(word, value); ++spin) {
             if (spin % kSpinsPerCheck == 0 && has_given_up(rank, is_early)) return false;
         }
-        if (args.wait_stats != 0) {
-            atomicMax(&shared.waited_ns[rank], static_cast<uint32_t>(global_timer_ns() - start));
-        }
+        if (args.wait_stats != 0) note_wait(rank, start);
         return true;
+    }
+
+    __device__ void note_wait(uint32_t rank, uint64_t start) const {
+        atomicMax(&shared.waited_ns[rank], static_cast<uint32_t>(global_timer_ns() - start));
     }
 
     __device__ bool has_given_up(uint32_t rank, bool is_early = false) const {
@@ -211,6 +213,17 @@ struct Team {
         : threads(team_threads), index(threadIdx.x / team_threads), thread(threadIdx.x % team_threads) {}
 
     __device__ void sync() const { asm volatile("bar.sync %0, %1;" ::"r"(index + 1), "r"(threads) : "memory"); }
+    // The same, and whether it is so for any thread.
+    __device__ bool any(bool is_so) const {
+        uint32_t result;
+        asm volatile(
+            "{\n .reg .pred mine, some;\n setp.ne.u32 mine, %1, 0;\n bar.red.or.pred some, %2, %3, mine;\n"
+            " selp.u32 %0, 1, 0, some;\n}"
+            : "=r"(result)
+            : "r"(static_cast<uint32_t>(is_so)), "r"(index + 1), "r"(threads)
+            : "memory");
+        return result != 0;
+    }
     __device__ uint32_t global_index() const { return blockIdx.x * per_block() + index; }
     __device__ uint32_t per_block() const { return kLlThreads / threads; }
     __device__ uint32_t global_count() const { return gridDim.x * per_block(); }

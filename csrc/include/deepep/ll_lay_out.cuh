@@ -1,6 +1,7 @@
-// The receiving half of low-latency dispatch: tokens from their slots, and those that never left, to rows per expert.
+// Low-latency dispatch lays out rows per expert: counts, places, tokens from their slots, and those that never left.
 #pragma once
 
+#include <deepep/ll_lines.cuh>
 #include <deepep/ll_push.cuh>
 
 namespace deepep {
@@ -25,7 +26,7 @@ struct Item {
     uint32_t source, token;
     uint64_t slot;  // number
     __device__ Item(const LlShape& shape, const Sources& sources, uint32_t number)
-        : source(number % sources.count), token(number / sources.count) {
+        : source(number % max_of(sources.count, 1u)), token(number / max_of(sources.count, 1u)) {
         if (source >= sources.rank) ++source;
         slot = static_cast<uint64_t>(source) * shape.num_max_tokens + token;
     }
@@ -41,29 +42,45 @@ __device__ Presence look_for_first(const LlDispatchArgs& args, const LlCall& cal
     for (uint32_t spin = 1;; ++spin) {
         uint32_t is_here, num_tokens;
         const bool has_header = call.peek<false>(header, num_tokens), has_flag = call.peek<true>(present, is_here);
-        if (has_header && item.token >= (num_tokens & ~kHasWeights)) return Presence::kAbsent;
+        if (has_header && item.token >= tokens_of(num_tokens)) return Presence::kAbsent;
+        if (has_header && is_lined(args.common.shape, tokens_of(num_tokens))) return Presence::kUnknown;
         if (has_flag) return is_here != 0 ? Presence::kPresent : Presence::kAbsent;
         if (may_leave && spin == kSpinsAtMost) return Presence::kUnknown;
         if (spin % kSpinsPerCheck == 0 && call.has_given_up(item.source)) return Presence::kAbsent;
     }
 }
 
-// Wait for the headers and counts of all sources; `table` [R, L] gets the counts.
-__device__ void await_counts(const LlDispatchArgs& args, const LlCall& call, uint32_t* table, Arrivals& from) {
-    const LlShape& shape = args.common.shape;
-    for (uint32_t i = threadIdx.x; i < shape.num_experts + shape.num_ranks; i += kLlThreads) {
-        const bool is_header = i >= shape.num_experts;
-        const uint32_t rank = is_header ? i - shape.num_experts : i / shape.num_local_experts;
-        const uint64_t offset = is_header ? args.common.window.headers : args.common.window.counts;
-        uint32_t value = 0;
-        if (call.is_masked(rank) || !call.wait<false>(rank, call.own_word(offset, is_header ? rank : i), value))
-            value = 0;
+// A count or, after all counts, a header: who sends it, and where it comes in.
+struct Announced {
+    bool is_header;
+    uint32_t rank;
+    const uint64_t* word;
+    __device__ Announced(const LlDispatchArgs& args, const LlCall& call, uint32_t i) {
+        const LlShape& shape = args.common.shape;
+        is_header = i >= shape.num_experts;
+        rank = is_header ? i - shape.num_experts : i / shape.num_local_experts;
+        const LlWindow& window = args.common.window;
+        word = call.own_word(is_header ? window.headers : window.counts, is_header ? rank : i);
+    }
+    __device__ static uint32_t count(const LlShape& shape) { return shape.num_experts + shape.num_ranks; }
+    __device__ void keep(uint32_t i, uint32_t value, uint32_t* table, Arrivals& from) const {
         (is_header ? from.header[rank] : table[i]) = value;
+    }
+};
+
+// Wait for the headers and counts of all sources from the thread's `first` on; `table` [R, L] gets the counts.
+__device__ void await_counts(const LlDispatchArgs& args, const LlCall& call, uint32_t first, uint32_t* table,
+                             Arrivals& from) {
+    for (uint32_t i = first; i < Announced::count(args.common.shape); i += kLlThreads) {
+        const Announced announced(args, call, i);
+        uint32_t value = 0;
+        if (call.is_masked(announced.rank) || !call.wait<false>(announced.rank, announced.word, value)) value = 0;
+        announced.keep(i, value, table, from);
     }
 }
 
-// The first row of a source inside a local expert: after the rows of all sources before it. Few enough sums to make each
-// one where it is needed, rather than all of them before anybody goes on.
+// The first row of a source inside a local expert: after the rows of all sources before it. Few enough sums to make
+// each one where it is needed, rather than all of them before anybody goes on.
 __device__ __forceinline__ uint32_t first_row(const LlShape& shape, const uint32_t* table, uint32_t source,
                                               uint32_t expert) {
     uint32_t first = 0;
@@ -236,66 +253,6 @@ __device__ void keep_tokens(const LlDispatchArgs& args, const Range& range, Outg
         if (own + 1 != range.end) cast_unit(args, load_unit<kFp8>(args, own, threadIdx.x), out);
         if (to[own - range.begin].count != 0) store_row<kFp8>(args, own, out, to[own - range.begin]);
     }
-}
-
-template <bool kFp8>
-__device__ void receive(const LlDispatchArgs& args, const LlCall& call, const Range& range, const Outgoing<kFp8>& last,
-                        uint32_t* table, const Stay (*stays)[kLlMaxTopk]) {
-    __shared__ Arrivals from;
-    __shared__ Rows listed[kLlMaxTeams][2];
-    __shared__ Targets kept[kDirectTokens];
-    const LlCommon& common = args.common;
-    const LlShape& shape = common.shape;
-    const Sources sources(shape, stays != nullptr);
-    const Team team(common.team_threads);
-    if (team.thread == team.threads - 1) {
-        from.first[team.index] =
-            sources.count == 0
-                ? Presence::kAbsent
-                : look_for_first(args, call, Item(shape, sources, team.global_index()), stays != nullptr);
-    }
-    if (threadIdx.x < kDirectTokens) kept[threadIdx.x].count = 0;
-    await_counts(args, call, table, from);
-    __syncthreads();
-    uint32_t max_tokens = 0;
-    for (uint32_t rank = 0; rank < shape.num_ranks; ++rank) {
-        max_tokens = max_of(max_tokens, from.header[rank] & ~kHasWeights);
-    }
-    const uint8_t* slots = call.own_bytes(common.window.dispatch_slots);
-    Presence presence = from.first[team.index];
-    Arrived arrived;
-    if (presence == Presence::kPresent) {
-        const Item item(shape, sources, team.global_index());
-        load_slot<kFp8>(args, slots + item.slot * shape.slot_bytes, team, arrived);
-    }
-    bool is_loaded = presence == Presence::kPresent;
-    if (stays != nullptr) keep_tokens<kFp8>(args, range, last, table, stays, kept);
-    uint32_t turn = 0;
-    for (uint32_t number = team.global_index(); number < max_tokens * sources.count; number += team.global_count()) {
-        const Item item(shape, sources, number);
-        const Presence known = presence;
-        presence = Presence::kUnknown;
-        if (item.token >= (from.header[item.source] & ~kHasWeights)) continue;
-        const uint8_t* slot = slots + item.slot * shape.slot_bytes;
-        Rows& rows = listed[team.index][turn];
-        turn ^= 1;
-        if (known == Presence::kUnknown) {
-            if (team.thread == 0) {
-                uint32_t value = 0;
-                rows.is_present =
-                    call.wait<true>(item.source, call.own_word(common.window.present, item.slot), value) && value != 0;
-            }
-            team.sync();
-        }
-        if (known == Presence::kPresent || (known == Presence::kUnknown && rows.is_present)) {
-            if (!is_loaded) load_slot<kFp8>(args, slot, team, arrived);
-            is_loaded = false;
-            store_token<kFp8>(args, item, slot, team, table, arrived, rows);
-        } else {
-            forget_token(args, item, team.thread);
-        }
-    }
-    if (call.is_last_block()) report(args, table, from);
 }
 
 }  // namespace deepep

@@ -36,6 +36,8 @@ struct LlWindow {
     uint64_t arrived;           // [M, S] per own token and term: its row is here
     uint64_t weights;           // [R, M * K] per token of each source and choice: bits of the weight
     uint64_t combine_credits;   // [R]
+    uint64_t dispatch_lines;    // [R, P] per token of each source: K of LlChoice, then the row and scale factors
+    uint64_t combine_lines;     // [P, R] rows
     uint64_t dispatch_slots;    // [R, M] payload, scale factors, then K of LlChoice
     uint64_t combine_slots;     // [M, S] rows
     uint64_t bank_stride;
@@ -49,7 +51,7 @@ struct alignas(16) LlChoice {
     int32_t expert;     // local number, -1 if the choice lives elsewhere
     uint32_t position;  // among the rows of this source for that expert
     float weight;
-    uint32_t pad;
+    uint32_t epoch;  // where choices are lines
 };
 
 struct LlShape {
@@ -58,6 +60,9 @@ struct LlShape {
     uint32_t num_slots;       // S, terms a token has room for
     uint32_t slot_bytes;      // of a dispatch slot
     uint32_t choice_offset;   // of the choices inside it
+    uint32_t line_tokens;     // P: a rank with at most so many tokens sends, and gets, lines
+    uint32_t dispatch_line_bytes, combine_line_bytes;  // of one token, and of one row
+    uint32_t line_row_offset;                          // of the row among the lines of a token
 };
 
 enum LlPhase : uint32_t { kLlSend = 1, kLlRecv = 2 };
@@ -108,6 +113,7 @@ struct LlCombineArgs {
     uint32_t use_logfmt;
     uint32_t has_sent_weights;  // this rank's dispatch carried the weights
     uint32_t keeps_own;  // sums of its own tokens stay in shared memory, [team, H]; else they go through the window
+    uint32_t debt_parts, home_parts;  // teams that share a row of lines where it is sent, and where it is added up
 };
 
 struct LlCleanArgs {

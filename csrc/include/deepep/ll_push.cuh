@@ -53,13 +53,13 @@ __device__ void publish_counts(const LlDispatchArgs& args, const LlCall& call, c
     }
 }
 
-// A token's choices, two per lane of the address warp.
+// A token's choices, two per lane of the address warp, or of every warp.
 struct Choices {
     int32_t expert[2], owner[2];
     float weight[2];
 };
 
-__device__ __forceinline__ Choices load_choices(const LlDispatchArgs& args, uint32_t token) {
+__device__ __forceinline__ Choices load_choices(const LlDispatchArgs& args, uint32_t token, bool by_all) {
     const LlShape& shape = args.common.shape;
     const uint64_t first = static_cast<uint64_t>(token) * shape.num_topk;
     Choices choices;
@@ -68,7 +68,7 @@ __device__ __forceinline__ Choices load_choices(const LlDispatchArgs& args, uint
         const uint32_t k = lane_index() + i * kWarpSize;
         choices.expert[i] = -1;
         choices.weight[i] = 0;
-        if (warp_index() != kAddressWarp || k >= shape.num_topk) continue;
+        if (!(by_all || warp_index() == kAddressWarp) || k >= shape.num_topk) continue;
         choices.expert[i] = static_cast<int32_t>(pointer<const int64_t>(args.topk_idx)[first + k]);
         if (args.topk_weights != 0) choices.weight[i] = pointer<const float>(args.topk_weights)[first + k];
     }
@@ -77,7 +77,6 @@ __device__ __forceinline__ Choices load_choices(const LlDispatchArgs& args, uint
 
 // Apart from the loads, which others follow.
 __device__ __forceinline__ void find_owners(const LlShape& shape, Choices& choices) {
-    if (warp_index() != kAddressWarp) return;
 #pragma unroll
     for (uint32_t i = 0; i < 2; ++i) {
         choices.owner[i] =
@@ -183,7 +182,7 @@ __device__ Outgoing<kFp8> send(const LlDispatchArgs& args, const LlCall& call, c
         cast_unit(args, held, out);
         const bool is_last = token + 1 == range.end;
         if (!is_last) {
-            choices = load_choices(args, token + 1);
+            choices = load_choices(args, token + 1, false);
             held = load_unit<kFp8>(args, token + 1, threadIdx.x);
             find_owners(args.common.shape, choices);
         }

@@ -47,7 +47,7 @@ __device__ __forceinline__ Held load_unit(const LlDispatchArgs& args, uint32_t t
 #pragma unroll
     for (uint32_t i = 0; i < 2; ++i) {
         const uint32_t index = held_index<kFp8>(unit, i);
-        if (index < num_vecs) held.v[i] = load_stream(row + index);
+        held.v[i] = index < num_vecs ? load_stream(row + index) : Vec16{};
     }
     return held;
 }

@@ -108,7 +108,8 @@ __device__ __forceinline__ uint32_t global_thread() { return blockIdx.x * kLlThr
 
 // Choice i of all tokens, where its owner is yet to be told the weight.
 __device__ __forceinline__ OwnWeight load_weight(const LlCombineArgs& args, uint32_t i) {
-    if (args.has_sent_weights || args.is_per_copy || i >= args.common.num_tokens * args.common.shape.num_topk) return {};
+    const uint32_t num_choices = args.common.num_tokens * args.common.shape.num_topk;
+    if (args.has_sent_weights || args.is_per_copy || i >= num_choices) return {};
     return {pointer<const int32_t>(args.common.home_topk)[i], pointer<const uint32_t>(args.topk_weights)[i],
             pointer<const int64_t>(args.topk_idx)[i]};
 }
@@ -160,14 +161,15 @@ __device__ __forceinline__ Choice load_choice(const LlCombineArgs& args, uint64_
     return choice;
 }
 
-// By the first threads of a team: list the rows here of one token of `source`, and their weights.
+// By the first threads of a team: list the rows here of one token of `source`, and their weights if they are known.
+// Those that come only now are waited for if `waits`.
 __device__ void list_terms(const LlCombineArgs& args, const LlCall& call, const Team& team, uint32_t source,
-                           uint64_t index, Weights from, Choice choice, Terms& terms) {
+                           uint64_t index, Weights from, Choice choice, Terms& terms, bool waits) {
     const uint32_t k = team.thread;
     if (k >= kLlMaxTopk) return;
     if (from == Weights::kNone) choice.weight = 0;
     if (from == Weights::kOwn && choice.left_out < 0) choice.weight = kSkippedWeight;
-    if (from == Weights::kSentNow && choice.row >= 0) {
+    if (from == Weights::kSentNow && choice.row >= 0 && waits) {
         const uint64_t* word = call.own_word(args.common.window.weights, index * args.common.shape.num_topk + k);
         if (!call.wait<false>(source, word, choice.weight, true)) choice.weight = kSkippedWeight;
     }

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from deepep import env
 from deepep.backends.base import (
     BackendOptions,
     CombineRequest,
@@ -42,6 +43,11 @@ class LowLatency:
             )
         self._group, self._options, self._device = group, options, device
         self._ranks_per_gpu = ranks_per_gpu
+        wanted = env.ll_line_tokens(ll_structs.DEFAULT_LINE_TOKENS)
+        # Everybody must know how the others' tokens come.
+        self._line_tokens: int = min(
+            group.all_gather_object(wanted, op="build the low-latency window", timeout=options.timeout)
+        )
         num_bytes = options.num_rdma_bytes + ll_structs.SPARE_BYTES
         self._memory = SymmetricMemory(group, num_bytes, device, options.timeout)
         self._status = HostWords(8 * (1 + group.num_ranks))
@@ -69,7 +75,14 @@ class LowLatency:
                 "factors of your own, another dtype or a cached routing use backend='reference'"
             )
         num_topk = topk_idx.shape[1]
-        shape = Shape(self._group.num_ranks, request.num_experts, num_topk, request.num_max_tokens_per_rank, x.shape[1])
+        shape = Shape(
+            self._group.num_ranks,
+            request.num_experts,
+            num_topk,
+            request.num_max_tokens_per_rank,
+            x.shape[1],
+            line_tokens=self._line_tokens,
+        )
         return self._engine_for(shape).dispatch(request)
 
     def combine(self, request: CombineRequest) -> CombineResult:
