@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 import time
 from typing import Any
 
@@ -34,6 +36,7 @@ class Decoder:
         self.x = torch.empty(MAX_TOKENS, HIDDEN, dtype=torch.bfloat16, device="cuda")
         self.topk_idx = torch.empty(MAX_TOKENS, TOPK, dtype=torch.int64, device="cuda")
         self.topk_weights = torch.empty(MAX_TOKENS, TOPK, device="cuda")
+        self.num_tokens = MAX_TOKENS
 
     def draw(self, seed: int) -> None:
         """New tokens and routing in place, with some choices missing."""
@@ -46,21 +49,20 @@ class Decoder:
 
     def step(self, *, weights_ahead: bool = False, use_hook: bool = False) -> torch.Tensor:
         """Dispatch and combine once; returns [T, H]."""
+        x, topk_idx, topk_weights = (part[: self.num_tokens] for part in (self.x, self.topk_idx, self.topk_weights))
         rows, _, handle, _, hook = self.buffer.low_latency_dispatch(
-            self.x,
-            self.topk_idx,
+            x,
+            topk_idx,
             MAX_TOKENS,
             self.num_experts,
             use_fp8=False,
             return_recv_hook=use_hook,
-            topk_weights=self.topk_weights if weights_ahead else None,
+            topk_weights=topk_weights if weights_ahead else None,
         )
         if hook is not None:
             hook()
         assert isinstance(rows, torch.Tensor)
-        y, _, hook = self.buffer.low_latency_combine(
-            rows, self.topk_idx, self.topk_weights, handle, return_recv_hook=use_hook
-        )
+        y, _, hook = self.buffer.low_latency_combine(rows, topk_idx, topk_weights, handle, return_recv_hook=use_hook)
         if hook is not None:
             hook()
         return y
@@ -80,7 +82,7 @@ class Decoder:
         for k in range(TOPK):
             for rank in set(range(self.num_ranks)) - set(gone):
                 total = torch.where((last[:, rank] == k)[:, None], total + rounded[rank], total)
-        return total.to(torch.bfloat16)
+        return total.to(torch.bfloat16)[: self.num_tokens]
 
 
 def replay_graphs(group: Any, num_replays: int) -> int:
@@ -116,6 +118,24 @@ def repeat_bitwise(group: Any, num_seeds: int, num_repeats: int) -> int:
         first = decoder.step()
         for _ in range(num_repeats - 1):
             num_wrong += not torch.equal(decoder.step().view(torch.int16), first.view(torch.int16))
+    decoder.buffer.destroy()
+    return num_wrong
+
+
+def mix_lines_and_slots(group: Any, line_tokens: int, num_seeds: int) -> int:
+    """Ranks with few and many tokens, each of its own number, in every call; returns how many results were wrong."""
+    os.environ["DEEPEP_LL_LINE_TOKENS"] = str(line_tokens)
+    try:
+        decoder = Decoder(group)
+    finally:
+        del os.environ["DEEPEP_LL_LINE_TOKENS"]
+    num_wrong = 0
+    for seed in range(num_seeds):
+        decoder.draw(seed)
+        choices = (0, 1, line_tokens, min(line_tokens + 1, MAX_TOKENS), MAX_TOKENS)
+        decoder.num_tokens = random.Random(f"{seed} {decoder.rank}").choice(choices)
+        got = decoder.step(weights_ahead=seed % 2 == 0, use_hook=seed % 3 == 0)
+        num_wrong += not torch.equal(got.view(torch.int16), decoder.expected().view(torch.int16))
     decoder.buffer.destroy()
     return num_wrong
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from low_latency_steps import lose_without_masks, repeat_bitwise, replay_graphs, shrink
+from low_latency_steps import lose_without_masks, mix_lines_and_slots, repeat_bitwise, replay_graphs, shrink
 
 from deepep.testing.launch import spawn
 
@@ -16,6 +16,12 @@ def test_graphs_and_eager_calls_take_turns_over_changing_routing(num_ranks: int)
 @pytest.mark.parametrize("num_ranks", [2, 8])
 def test_repeats_are_bitwise_equal(num_ranks: int) -> None:
     assert spawn(repeat_bitwise, num_ranks, 200, 20, device="cuda", timeout=200) == [0] * num_ranks
+
+
+@pytest.mark.parametrize("line_tokens", [0, 8, 32])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_ranks_with_few_and_many_tokens_meet(num_ranks: int, line_tokens: int) -> None:
+    assert spawn(mix_lines_and_slots, num_ranks, line_tokens, 200, device="cuda", timeout=100) == [0] * num_ranks
 
 
 @pytest.mark.parametrize("leave_before", ["dispatch", "combine", "clean"])

@@ -212,10 +212,15 @@ struct Team {
     __device__ explicit Team(uint32_t team_threads)
         : threads(team_threads), index(threadIdx.x / team_threads), thread(threadIdx.x % team_threads) {}
 
-    __device__ void sync() const { asm volatile("bar.sync %0, %1;" ::"r"(index + 1), "r"(threads) : "memory"); }
+    // Lanes may come here one by one, out of waits of their own.
+    __device__ void sync() const {
+        __syncwarp();
+        asm volatile("bar.sync %0, %1;" ::"r"(index + 1), "r"(threads) : "memory");
+    }
     // The same, and whether it is so for any thread.
     __device__ bool any(bool is_so) const {
         uint32_t result;
+        __syncwarp();
         asm volatile(
             "{\n .reg .pred mine, some;\n setp.ne.u32 mine, %1, 0;\n bar.red.or.pred some, %2, %3, mine;\n"
             " selp.u32 %0, 1, 0, some;\n}"
