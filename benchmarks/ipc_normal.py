@@ -144,6 +144,13 @@ def _bench(group: Any, args: argparse.Namespace) -> dict[str, Any]:
     }
     if args.zero_copy:
         jobs["combine bf16 compact in window"] = (lambda: buffer.combine(inside, handle, config=config), backend)
+        published = backend.dispatch_input_buffer(tuple(bf16.shape), bf16.dtype)
+        published.copy_(bf16)
+        jobs["dispatch bf16 compact cached in window"] = (
+            lambda: buffer.dispatch(published, handle=handle, config=config),
+            backend,
+        )
+        jobs["dispatch bf16 compact cached"] = (lambda: buffer.dispatch(bf16, handle=handle, config=config), backend)
     graphs: dict[str, tuple[Callable[[], Any], Any]] = {
         "dispatch fp8 compact": (lambda: compact(fp8, num_worst_tokens=worst), backend),
         "dispatch bf16 compact": (lambda: compact(bf16, num_worst_tokens=worst), backend),

@@ -81,17 +81,20 @@ class Link:
                 self.streams.append(cupy.cuda.Stream(non_blocking=True))
         self.module = cupy.RawModule(
             code=(ROOT / "benchmarks" / "links.cu").read_text(),
-            options=("-std=c++17", f"-I{ROOT / 'csrc' / 'include'}"),
+            options=("-std=c++17", f"-I{ROOT / 'csrc' / 'include' / 'nvrtc'}", f"-I{ROOT / 'csrc' / 'include'}"),
             backend="nvrtc",
         )
 
     def kernel(self, name: str, pull: bool, num_sms: int, row_bytes: int) -> float:
         """Give GB/s each way of a copy kernel that runs on `num_sms` multiprocessors of each device."""
-        function = self.module.get_function(f"copy_by_{name}")
         warps = min(NUM_WARPS, 220 * 1024 // row_bytes) if name == "bulk" else 32
         smem = warps * row_bytes if name == "bulk" else 0
-        if smem:
-            function.max_dynamic_shared_size_bytes = smem
+        functions = []
+        for device in self.devices:
+            with self.cupy.cuda.Device(device):
+                functions.append(self.module.get_function(f"copy_by_{name}"))
+                if smem:
+                    functions[-1].max_dynamic_shared_size_bytes = smem
 
         def launch(side: int) -> None:
             # Pulling, a side reads the other's buffer; pushing, it writes the other's.
@@ -99,7 +102,7 @@ class Link:
                 (self.here[1 - side], self.there[side]) if pull else (self.here[side], self.there[1 - side])
             )
             arguments = (source.data.ptr, target.data.ptr, self.cupy.int32(self.num_rows), self.cupy.int32(row_bytes))
-            function((num_sms,), (warps * 32,), arguments, shared_mem=smem)
+            functions[side]((num_sms,), (warps * 32,), arguments, shared_mem=smem)
 
         return self._rate(launch, row_bytes)
 

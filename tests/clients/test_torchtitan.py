@@ -213,6 +213,7 @@ class Scene:
         counts = torch.bincount(chosen, minlength=self.num_experts).tolist()
         return counts[rank * NUM_LOCAL_EXPERTS : (rank + 1) * NUM_LOCAL_EXPERTS]
 
+    @torch.enable_grad()
     def alone(self) -> list[Alone]:
         """Compute everything here in float32, gradients too; those of the experts are left in `self.experts`."""
         self.experts = self.experts.float().requires_grad_()
