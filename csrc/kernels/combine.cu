@@ -5,6 +5,8 @@
 
 namespace deepep {
 
+constexpr int kCombineThreads = 640;
+
 // kSums: owners add up the expanded rows of a token before they publish.
 template <bool kSums>
 __device__ void find_owners(const Operation& op, const CombineArgs& args, const uint32_t* header, Owner* owners,
@@ -17,7 +19,7 @@ __device__ void find_owners(const Operation& op, const CombineArgs& args, const 
         const uint64_t copies = args.is_per_copy ? args.num_topk : 1, ring = theirs[kHeaderRing];
         owner.ring = theirs[kHeaderRing];
         owner.first_row = theirs[kHeaderFirstRow];
-        owner.is_in_place = theirs[kHeaderInWindow];
+        owner.is_in_place = theirs[kHeaderInPlace];
         owner.is_self_direct = 0;
         const uint64_t skipped = owner.is_in_place ? 0 : op.window.rank * ring * copies * args.cut.row_bytes;
         owner.rows = op.transport.peer_ptr(rank, uint64_t{theirs[kHeaderRows]} * 16 + skipped);
@@ -37,14 +39,13 @@ __device__ void find_owners(const Operation& op, const CombineArgs& args, const 
 template <typename Type, bool kSums>
 __device__ void combine(const CombineArgs& args) {
     extern __shared__ __align__(128) uint8_t shared[];
-    __shared__ PipeBarriers barriers, copy_barriers;
+    __shared__ PipeBarriers barriers;
     __shared__ Owner owners[kMaxRanks];
     __shared__ uint32_t header[kMaxRanks * kHeaderWords];
     __shared__ uint32_t least_ring;
     const Operation op(args.window, whole_cta());
     const uint32_t warp = warp_index();
     WarpPipe::init(barriers);
-    WarpPipe::init(copy_barriers);
     if (blockIdx.x == 0) {
         op.send_headers(args.header, args.num_tokens, static_cast<uint32_t>(args.rows_offset / 16),
                         static_cast<uint32_t>(args.weights_offset / 16), args.ring_rows, kNoEntry, args.is_in_window, 0,
@@ -58,29 +59,27 @@ __device__ void combine(const CombineArgs& args) {
     op.compare_headers(header);
     if (!op.failed()) {
         find_owners<kSums>(op, args, header, owners, &least_ring);
-        uint8_t* slots = shared + warp * args.cut.slots_per_warp * args.cut.slot_bytes;
-        TermPipe pipe(slots, barriers, warp, args.cut);
+        const uint32_t row_vecs = args.cut.row_bytes / sizeof(Vec16);
         if (warp < args.cut.num_stage_warps) {
-            op.wait_readers();
             if constexpr (kSums) {
                 OwnerSums<Type> sums(op, args, header);
-                Reducer<Type, OwnerSums<Type>>{op, args.cut, pipe, sums}.run();
+                Reducer<Type, OwnerSums<Type>>{op, row_vecs, sums}.run();
             } else {
-                WarpPipe copy_pipe(slots, copy_barriers, warp, args.copy_cut);
-                stage_batches(op, args, copy_pipe, header);
+                WarpPipe pipe(shared + warp * args.cut.slots_per_warp * args.cut.slot_bytes, barriers, warp, args.cut);
+                stage_batches(op, args, pipe, header);
             }
         }
         HomeSums<Type> sums{op, args, owners, args.num_tokens > least_ring};
         sums.ask();
-        Reducer<Type, HomeSums<Type>>{op, args.cut, pipe, sums}.run();
+        Reducer<Type, HomeSums<Type>>{op, row_vecs, sums}.run();
     }
-    op.leave(true, args.is_in_window != 0);
+    op.leave(true, true);
 }
 
 }  // namespace deepep
 
 #define DEEPEP_COMBINE(name, type, sums)                                                                           \
-    extern "C" __global__ void __launch_bounds__(512, 1) name(const __grid_constant__ deepep::CombineArgs args) { \
+    extern "C" __global__ void __launch_bounds__(deepep::kCombineThreads, 1) name(const __grid_constant__ deepep::CombineArgs args) { \
         deepep::combine<deepep::type, sums>(args);                                                                 \
     }
 

@@ -3,13 +3,26 @@
 
 namespace deepep {
 
+// Notify has told about this rank's rows, but those copied into the window beside it are there only now: say so, and wait
+// for the others to say it. Their first flag is free for this, since nothing of theirs is staged.
+__device__ void exchange_copied(const Operation& op, const DispatchArgs& args, const uint32_t* header) {
+    const uint32_t num_ranks = op.window.num_ranks, peer = threadIdx.x;
+    if (args.is_in_place && blockIdx.x == 0 && peer < num_ranks) {
+        op.transport.release_signal(peer, op.window.flags + uint64_t{op.window.rank} * op.window.num_flags * 8,
+                                    make_word(op.epoch, 0));
+    }
+    if (peer < num_ranks && header[peer * kHeaderWords + kHeaderInPlace]) {
+        op.wait(op.flag_of(peer, 0), op.epoch, 0, peer);
+    }
+}
+
 // Make shared descriptions of the sources. False if the operation has failed.
 __device__ bool find_sources(const Operation& op, const DispatchArgs& args, Source* sources, uint32_t* header,
                              uint32_t* first_row, uint32_t* num_passes) {
     const uint32_t num_ranks = op.window.num_ranks;
     if (args.is_cached && blockIdx.x == 0) {
         op.send_headers(args.header, args.num_tokens, static_cast<uint32_t>(args.rows_offset / 16),
-                        static_cast<uint32_t>(args.sf_offset / 16), args.ring_rows, args.room, 0, 0, nullptr);
+                        static_cast<uint32_t>(args.sf_offset / 16), args.ring_rows, args.room, args.is_in_place, 0, nullptr);
     }
     const uint64_t start = global_timer_ns();
     // Threads that have no word of a header to look at wait for the metadata meanwhile.
@@ -18,6 +31,7 @@ __device__ bool find_sources(const Operation& op, const DispatchArgs& args, Sour
         op.wait(reinterpret_cast<uint64_t*>(op.transport.local(op.ready_at(from_end))), op.epoch, 0, from_end);
     }
     op.wait_headers(header);
+    if (!args.is_cached) exchange_copied(op, args, header);
     if (args.is_cached && args.wait_stats != 0 && blockIdx.x == 0 && threadIdx.x < num_ranks) {
         pointer<int64_t>(args.wait_stats)[threadIdx.x] += static_cast<int64_t>((global_timer_ns() - start) / 1000);
     }
@@ -37,12 +51,11 @@ __device__ bool find_sources(const Operation& op, const DispatchArgs& args, Sour
         const uint32_t* theirs = header + rank * kHeaderWords;
         const int32_t* psum = pointer<const int32_t>(args.psum_ranks);
         const bool is_self = rank == op.window.rank, is_cast = args.sf_format != kSfNone;
-        const bool is_staged = theirs[kHeaderRing] != kNoEntry || args.num_sf != 0;
         Source& source = sources[rank];
         source.ring = theirs[kHeaderRing];
         source.rows = op.transport.peer_ptr(rank, uint64_t{theirs[kHeaderRows]} * 16);
         source.sf = op.transport.peer_ptr(rank, uint64_t{theirs[kHeaderSf]} * 16);
-        source.flags = is_staged ? op.flag_of(rank, 0) : nullptr;
+        source.flags = theirs[kHeaderInPlace] ? nullptr : op.flag_of(rank, 0);
         source.is_direct_sf = 0;
         source.sf_pitch = args.sf_pitch;
         if (is_self && !is_cast) {
@@ -151,7 +164,6 @@ __device__ void dispatch(const DispatchArgs& args) {
                 if constexpr (kExpanded) clerk.clear_padding(num_local);
             }
         } else if (warp < num_stagers) {
-            op.wait_readers();
             const uint32_t num_chunks = ceil_div(args.num_tokens, kFlagRows);
             // Go on where notify stopped, or behind what it was to stage.
             const bool is_shared = args.is_staging_shared != 0;
@@ -163,7 +175,7 @@ __device__ void dispatch(const DispatchArgs& args) {
             Puller<kExpanded>{op, args, sources, pipe, worker, num_workers, expert_base, num_local}.run(num_passes);
         }
     }
-    op.leave(true, args.is_in_window != 0);
+    op.leave(true, true);
 }
 
 }  // namespace deepep

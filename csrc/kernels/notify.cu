@@ -148,7 +148,7 @@ __device__ bool receive_counts(const Operation& op, const DispatchArgs& args, ui
         const uint32_t source = j / width;
         const uint64_t at = (is_matrix ? op.matrix_at(source) : op.counts_at(source)) + j % width * 8;
         uint64_t word = 0;
-        op.wait_counted(reinterpret_cast<uint64_t*>(op.transport.local(at)), op.epoch, 0, source, &word);
+        op.wait_counted(reinterpret_cast<uint64_t*>(op.transport.local(at)), op.epoch, 0, source, word);
         matrix[i] = word_value(word);  // counts follow the matrix
     }
     team.sync();
@@ -218,7 +218,7 @@ __device__ void count_and_place(const Operation& op, const DispatchArgs& args, u
     uint32_t* partial = pointer<uint32_t>(op.window.scratch) + args.num_experts;
     if (blockIdx.x == 0) {
         op.send_headers(args.header, args.num_tokens, static_cast<uint32_t>(args.rows_offset / 16),
-                        static_cast<uint32_t>(args.sf_offset / 16), args.ring_rows, args.room, 0, 0, nullptr);
+                        static_cast<uint32_t>(args.sf_offset / 16), args.ring_rows, args.room, args.is_in_place, 0, nullptr);
     }
     for (uint32_t peer = op.team.index; peer < op.window.num_ranks; peer += op.team.size) {
         uint32_t* metadata = reinterpret_cast<uint32_t*>(op.transport.peer_ptr(peer, op.metadata_at(op.window.rank)));
@@ -287,7 +287,6 @@ extern "C" __global__ void __launch_bounds__(768, 1) deepep_notify(const __grid_
         if (args.num_early_chunks != 0) {
             const uint32_t number = warp - args.num_walkers;
             WarpPipe pipe(shared + number * args.cut.slots_per_warp * args.cut.slot_bytes, barriers, number, args.cut);
-            op.wait_readers();
             stage_chunks(op, args, pipe, &op.control->next_early, 0, args.num_early_chunks,
                          args.is_staging_shared ? &is_counted : nullptr);
         }

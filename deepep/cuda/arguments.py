@@ -10,7 +10,7 @@ MAX_TOPK = 64
 NO_ENTRY = 0xFFFFFFFF
 POSITION_BITS = 20
 FLAG_ROWS = 4
-PASS_TOKENS = 8
+PASS_TOKENS = 4
 HEADER_WORDS = 16
 NUM_AGREED = 7
 CONTROL_BYTES = 4096
@@ -84,7 +84,7 @@ class DispatchArgs(ctypes.Structure):
         *_u32(
             "do_zero_padding", "is_cached", "is_exact", "is_expanded", "num_early_chunks", "num_walkers", "num_counters"
         ),
-        *_u32("metadata_rows", "sf_is_bulk", "recv_sf_is_bulk", "is_staging_shared"),
+        *_u32("metadata_rows", "sf_is_bulk", "recv_sf_is_bulk", "is_staging_shared", "is_in_place"),
         ("cut", Cut),
     ]
 
@@ -101,7 +101,6 @@ class CombineArgs(ctypes.Structure):
         *_u32("num_tokens", "num_slots", "num_topk", "num_local_experts"),
         *_u32("ring_rows", "weights_pitch", "is_in_window", "is_owner_only", "is_per_copy"),
         ("cut", Cut),
-        ("copy_cut", Cut),
     ]
 
 

@@ -14,7 +14,7 @@ from deepep.errors import InvalidArgument, UnsupportedOperation
 
 _KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _NUM_STAGE_WARPS = 6
-_NUM_SUM_WARPS = 13
+_NUM_SUM_WARPS = 15
 
 
 def combine(engine: Engine, request: CombineRequest) -> CombineResult:
@@ -54,17 +54,12 @@ def combine(engine: Engine, request: CombineRequest) -> CombineResult:
     _point_to_routing(args, request)
     args.x, args.out = x.data_ptr(), out.data_ptr()
     row_bytes = x.shape[1] * x.element_size()
-    args.cut = kernels.cut_rows(
-        row_bytes, 0, kernels.COMBINE_PIECE_BYTES, kernels.MAX_COMBINE_WARPS, engine.smem_bytes, "combine"
-    )
-    per_warp = int(args.cut.slot_bytes * args.cut.slots_per_warp)
-    copy_piece = min(kernels.COPY_PIECE_BYTES, per_warp // 4 & ~127)
-    args.copy_cut = kernels.cut_rows(row_bytes, 0, copy_piece, 1, per_warp, "combine")
     sums = is_expanded and not is_per_copy
     _place_ring(engine, args, x, row_bytes, can_stay=not is_expanded, has_weights=given is not None)
     must_stage = not args.is_in_window or given is not None
-    wanted = _NUM_SUM_WARPS if sums else _NUM_STAGE_WARPS
-    args.cut.num_stage_warps = min(wanted, args.cut.num_warps - 1) if must_stage else 0
+    # Slots to copy through, for warps that do; sums go through registers.
+    args.cut = kernels.cut_rows(row_bytes, 0, kernels.COPY_PIECE_BYTES, _NUM_STAGE_WARPS, engine.smem_bytes, "combine")
+    args.cut.num_stage_warps = 0 if not must_stage else _NUM_SUM_WARPS if sums else args.cut.num_warps
     flags = (
         is_expanded, False, given is not None, routing.topk_idx is not None, is_per_copy, bool(args.is_owner_only),
     )  # fmt: skip
@@ -74,8 +69,8 @@ def combine(engine: Engine, request: CombineRequest) -> CombineResult:
         args.wait_stats = request.wait_recv_cost_stats.data_ptr()
     num_sms = engine.num_sms(request.num_sms)
     engine.prepare(args.window, routing.num_experts)
-    spec, smem = kernels.COMBINE[_KINDS[x.dtype], sums], kernels.pipe_bytes(args.cut)
-    engine.launch(spec, num_sms, 32 * args.cut.num_warps, smem, args)
+    smem = 0 if sums or not must_stage else kernels.pipe_bytes(args.cut)
+    engine.launch(kernels.COMBINE[_KINDS[x.dtype], sums], num_sms, 32 * kernels.COMBINE_WARPS, smem, args)
     return CombineResult(out, weights)
 
 

@@ -1,7 +1,10 @@
-"""Dispatch as launches: notify, the wait for counts where shapes are exact, and the kernel that fetches rows."""
+"""Dispatch as launches: notify, beside a copy of the rows into the window; the wait for counts where shapes are exact; the
+kernel that fetches rows.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,6 +69,8 @@ class _Dispatch:
             args.num_topk = routing.expanded_row.shape[1]
         # Nothing says here which rows stay empty.
         recv_x, recv_sf = self._receive(routing.num_rows, is_cleared=self.request.do_zero_padding)
+        for target, source, num_bytes in self._copies():
+            self.engine.copies.copy(target, source, num_bytes, self.engine.stream())
         self._fetch()
         return DispatchResult(recv_x, recv_sf, None, None, None, [], routing)
 
@@ -85,7 +90,12 @@ class _Dispatch:
         self._point("tokens_per_expert", request.num_tokens_per_expert)
         if request.routing is None:
             self._point("stats", request.cumulative_local_expert_recv_stats)
+        copies, stream = self.engine.copies, self.engine.stream()
+        if any(plan.copied):
+            copies.fork(stream)
         self._notify()
+        for target, source, num_bytes in self._copies():
+            copies.copy_beside(target, source, num_bytes)
         num_compact, num_rows, aligned, private = plan.num_compact_rows, plan.num_rows, [], None
         if plan.is_exact:
             found: Counts = self.engine.wait_counts(plan.num_local_experts, request.expert_alignment)
@@ -97,6 +107,8 @@ class _Dispatch:
         src_token = self._int32(num_compact)
         args.recv_src_token = src_token.data_ptr()
         expanded_row, idx, weights = self._receive_metadata(num_compact, num_rows)
+        if any(plan.copied):
+            copies.join(stream)
         self._fetch()
         if request.routing is not None:
             return DispatchResult(recv_x, recv_sf, idx, weights, None, [], request.routing)
@@ -107,6 +119,14 @@ class _Dispatch:
         return DispatchResult(
             recv_x, recv_sf, idx, weights, counts, aligned, routing, rank_prefix_matrix=matrix
         )  # fmt: skip
+
+    def _copies(self) -> Iterator[tuple[int, int, int]]:
+        """List what is to be copied into the window: target, source, bytes."""
+        args, base = self.args, self.engine.memory.base
+        places = ((args.rows_offset, args.x), (args.sf_offset, args.sf))
+        for (offset, source), num_bytes in zip(places, self.plan.copied, strict=True):
+            if num_bytes:
+                yield base + offset, source, num_bytes
 
     def _notify(self) -> None:
         plan, args = self.plan, self.args

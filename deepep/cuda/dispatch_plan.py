@@ -44,6 +44,7 @@ class Plan:
         recv_dtype: of the received payload.
         sf_dtype: of the received scale factors, or None.
         row_bytes: of one row on the way, scale factors included.
+        copied: bytes of rows, and of scale factors, that are copied into the window before they are fetched.
     """
 
     args: DispatchArgs
@@ -62,6 +63,7 @@ class Plan:
     recv_dtype: torch.dtype
     sf_dtype: torch.dtype | None
     row_bytes: int
+    copied: tuple[int, int]
 
 
 def plan_of(engine: Engine, request: DispatchRequest) -> Plan:
@@ -107,6 +109,7 @@ class _Planner:
         self.is_expanded = request.layout is Layout.EXPANDED
         self.num_local = request.num_experts // engine.num_ranks
         self.args = DispatchArgs(window=engine.window)
+        self.copied = (0, 0)
 
     def plan(self) -> Plan:
         request, args, engine = self.request, self.args, self.engine
@@ -124,7 +127,7 @@ class _Planner:
             args, notify_cut, notify_smem, kernels.pipe_bytes(args.cut), engine.num_sms(request.num_sms),
             self.num_topk, self.num_slots, self.num_local, self.is_cached, self.is_exact, self.is_expanded,
             num_compact, num_rows, quant.FP8_DTYPE if is_cast else request.x.dtype, sf_dtype,
-            int(args.cut.row_bytes) + 4 * int(args.num_sf),
+            int(args.cut.row_bytes) + 4 * int(args.num_sf), self.copied,
         )  # fmt: skip
 
     def _check(self) -> None:
@@ -172,8 +175,12 @@ class _Planner:
         offset = engine.memory.offset_of(self.request.x) if self.num_tokens and args.sf_format == 0 else None
         fits = self.num_tokens <= FLAG_ROWS * NUM_FLAGS and self.num_tokens * args.sf_pitch <= room
         if offset is not None and offset % 16 == 0 and fits:
-            args.is_in_window, args.ring_rows = 1, NO_ENTRY
+            args.is_in_window, args.is_in_place, args.ring_rows = 1, args.num_sf == 0, NO_ENTRY
             args.rows_offset, args.sf_offset = offset, payload
+            return
+        if self._copies(row_bytes, room):
+            args.is_in_window, args.is_in_place, args.ring_rows = 1, 1, NO_ENTRY
+            args.rows_offset, args.sf_offset = payload, payload + kernels.align_up(self.copied[0], 256)
             return
         most = kernels.align_up(max(self.num_tokens, 1), FLAG_ROWS)
         ring = min(most, room // (row_bytes + args.sf_pitch) & ~(FLAG_ROWS - 1), FLAG_ROWS * NUM_FLAGS)
@@ -185,6 +192,25 @@ class _Planner:
             )
         args.ring_rows = ring
         args.rows_offset, args.sf_offset = payload, payload + ring * row_bytes
+
+    def _copies(self, row_bytes: int, room: int) -> bool:
+        """Whether everything goes into the window in one piece, by the copy engine, so that kernels need not stage it.
+
+        Not where the CPU waits for counts: kernels stage meanwhile, and have nothing else to do.
+        """
+        args, sf = self.args, self.request.sf
+        if args.sf_format or not self.num_tokens:
+            return False
+        if self.engine.num_ranks == 1:
+            return True  # nobody fetches it
+        if self.is_exact:
+            return False
+        is_whole = sf is None or (bool(args.sf_is_bulk) and sf.is_contiguous())
+        copied = (self.num_tokens * row_bytes, self.num_tokens * int(args.sf_pitch))
+        if not is_whole or sum(copied) + 256 > room:
+            return False
+        self.copied = copied
+        return True
 
     def _describe_header(self) -> None:
         """What ranks compare, and what they tell each other."""
@@ -215,7 +241,7 @@ class _Planner:
         """Stage in notify what its time is free for: everything, unless the link waits while the CPU does not."""
         args = self.args
         chunks = -(-self.num_tokens // FLAG_ROWS)
-        if args.is_in_window and args.num_sf == 0:
+        if args.is_in_place:
             return
         if not self.is_cached:
             args.num_early_chunks = min(chunks, args.ring_rows // FLAG_ROWS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ import torch
 from deepep.backends.base import BackendOptions
 from deepep.cuda import driver, jit, kernels
 from deepep.cuda.arguments import MAX_RANKS, BarrierArgs, HostWord, Window
+from deepep.cuda.copies import Copies
 from deepep.cuda.host_words import HostWords
 from deepep.cuda.launch import current_stream, runtime
 from deepep.cuda.status import Status, op_word
@@ -85,6 +87,15 @@ class Engine:
         struct.rank, struct.timeout_ns = self.rank, int(self.timeout * 1e9)
         self.window = struct
         self._launch = runtime().launch
+
+    @functools.cached_property
+    def copies(self) -> Copies:
+        """The copy engine, at this backend's disposal."""
+        return Copies(self.device)
+
+    def stream(self) -> int:
+        """Give the handle of torch's current stream."""
+        return current_stream(self.device)
 
     def num_sms(self, wanted: int) -> int:
         """Multiprocessors to use: never more than this rank's share, since kernels that wait must all be resident."""
@@ -167,6 +178,8 @@ class Engine:
         """Give the status page back; kernels must be over."""
         self.words.close()
         self._scratch.clear()
+        if "copies" in self.__dict__:
+            self.copies.close()
 
 
 def make_engine(

@@ -24,12 +24,11 @@ MAX_SLOTS_PER_WARP = 8
 MAX_DISPATCH_WARPS = 14
 NUM_CLERK_WARPS = 2
 """Warps of a dispatch kernel that write metadata while the others move rows."""
-MAX_COMBINE_WARPS = 16
+COMBINE_WARPS = 20
 MAX_STAGE_WARPS = 8
 MAX_WALKERS = 16
 """Warps of notify that move rows, and that count."""
 DISPATCH_PIECE_BYTES = 8192
-COMBINE_PIECE_BYTES = 2048
 COPY_PIECE_BYTES = 4096
 BARRIER_THREADS = 128
 STATIC_SMEM_BYTES = 12 << 10

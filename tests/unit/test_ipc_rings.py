@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-PASS_TOKENS = 8
+from deepep.cuda.arguments import PASS_TOKENS
 
 
 class Rings:

@@ -49,7 +49,7 @@ struct HomeSums {
             }
             if (rank >= 0) locate(job, half, slot, static_cast<uint32_t>(rank), static_cast<uint32_t>(row));
         }
-        job.settle(op);
+        job.settle();
         return true;
     }
 
@@ -85,7 +85,7 @@ struct HomeSums {
 
     __device__ void start(Job& job) {
         if (args.out_weights == 0) return;
-        job.await(op, true);
+        job.await(op);
         const uint64_t first = uint64_t{job.number} * args.num_slots;
         for (uint32_t k = lane_index(); k < args.num_topk; k += kWarpSize) {
             int home_rank = -1;

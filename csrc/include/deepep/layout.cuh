@@ -18,7 +18,7 @@ constexpr int kMaxTopk = 64;
 constexpr uint32_t kNoEntry = 0xffffffffu;
 constexpr uint32_t kPositionBits = 20;  // a metadata entry is local expert << 20 | position among its source's rows
 constexpr uint32_t kFlagRows = 4;       // rows staged by dispatch that share a flag
-constexpr uint32_t kPassTokens = 8;     // combine: tokens of a home that are staged together, and given back together
+constexpr uint32_t kPassTokens = 4;     // combine: tokens of a home that are staged together, and given back together
 
 // What a rank says to every peer when an operation begins. The first kNumAgreed must be equal on all ranks.
 enum Header : int {
@@ -37,7 +37,7 @@ enum Header : int {
     kHeaderRing,                  // rows the ring holds, kNoEntry if rows lie side by side (not staged)
     kHeaderFirstRow,              // combine: this peer's first row in its compact rows
     kHeaderRoom,                  // dispatch: most rows it has room for, kNoEntry if any number
-    kHeaderInWindow,              // combine: 1 if rows are not staged but lie in the window in their compact order
+    kHeaderInPlace,               // 1 if all lies in the window in its order before the operation begins: nothing is flagged
     kHeaderWords = 16,
 };
 
@@ -68,7 +68,7 @@ struct Control {
 };
 
 // Where things are. Words and metadata have two banks, by parity of the epoch: whoever is in epoch e knows that every
-// peer has begun e-1, so has finished e-2. The payload has one: staging waits for `done` of the epoch before.
+// peer has begun e-1, so has finished e-2. The payload has one: an operation is over when every peer has said `done`.
 struct Window {
     uint64_t peers;     // table for the Transport
     uint64_t host;      // status page, as the device sees it
@@ -114,6 +114,7 @@ struct DispatchArgs {
     uint32_t do_zero_padding, is_cached, is_exact, is_expanded, num_early_chunks, num_walkers, num_counters, metadata_rows;
     uint32_t sf_is_bulk, recv_sf_is_bulk;  // rows of scale factors whose addresses and sizes are multiples of 16
     uint32_t is_staging_shared;            // notify stages while it counts, the other kernel goes on
+    uint32_t is_in_place;                  // rows and scale factors lie in the window already
     Cut cut;
 };
 
@@ -125,7 +126,7 @@ struct CombineArgs {
     uint32_t header[kNumAgreed];
     uint32_t num_tokens, num_slots, num_topk, num_local_experts;
     uint32_t ring_rows, weights_pitch, is_in_window, is_owner_only, is_per_copy;
-    Cut cut, copy_cut;  // of rows to add up, and of rows to stage
+    Cut cut;  // of rows to stage
 };
 
 struct BarrierArgs {

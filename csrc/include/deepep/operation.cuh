@@ -75,7 +75,7 @@ struct Operation {
     }
 
     // Say once what went wrong; the code is written last, so that the host finds the rest in place.
-    __device__ void fail(Code code, uint32_t field, uint32_t other, uint32_t theirs, uint32_t ours) const {
+    __device__ __noinline__ void fail(Code code, uint32_t field, uint32_t other, uint32_t theirs, uint32_t ours) const {
         if (atomicCAS(&control->error, kOk, code) != kOk) return;
         host_word(kHostField, field);
         host_word(kHostRank, other);
@@ -87,31 +87,41 @@ struct Operation {
 
     // Wait for a word of this epoch with at least this value. False: out of time, or another wait already failed.
     __device__ bool wait(const uint64_t* word, uint32_t wanted_epoch, uint32_t wanted_value, uint32_t peer) const {
-        return wait_counted(word, wanted_epoch, wanted_value, peer, nullptr);
+        uint64_t found;
+        return wait_counted(word, wanted_epoch, wanted_value, peer, found);
     }
 
     __device__ bool wait_counted(const uint64_t* word, uint32_t wanted_epoch, uint32_t wanted_value, uint32_t peer,
-                                 uint64_t* found) const {
+                                 uint64_t& found) const {
+        found = load_acquire_sys(word);
+        if (is_reached(found, wanted_epoch, wanted_value)) return true;
+        found = wait_on(*this, word, wanted_epoch, wanted_value, peer);
+        return is_reached(found, wanted_epoch, wanted_value);
+    }
+
+    // Epochs wrap: compare by distance.
+    __device__ static bool is_reached(uint64_t word, uint32_t wanted_epoch, uint32_t wanted_value) {
+        const int32_t lead = static_cast<int32_t>(word_epoch(word) - wanted_epoch);
+        return lead > 0 || (lead == 0 && word_value(word) >= wanted_value);
+    }
+
+    // The last that was seen of the word. Out of line: waits are everywhere, and code that is not in the cache costs time.
+    __device__ __noinline__ static uint64_t wait_on(const Operation& op, const uint64_t* word, uint32_t wanted_epoch,
+                                                    uint32_t wanted_value, uint32_t peer) {
         for (uint32_t spins = 1;; ++spins) {
             const uint64_t now = load_acquire_sys(word);
-            // Epochs wrap: compare by distance.
-            const int32_t lead = static_cast<int32_t>(word_epoch(now) - wanted_epoch);
-            if (lead > 0 || (lead == 0 && word_value(now) >= wanted_value)) {
-                if (found != nullptr) *found = now;
-                return true;
-            }
+            if (is_reached(now, wanted_epoch, wanted_value)) return now;
             if (spins > 4) __nanosleep(40);  // leave the issue slots to warps that move rows
-            if (spins % 32 == 0) {
-                if (global_timer_ns() > deadline) {
-                    host_word(kHostMissing + static_cast<int>(peer), 1);
-                    fence_sys();
-                    fail(kTimeout, 0, peer, 0, 0);
-                    return false;
-                }
-                // A timeout elsewhere is no reason to stop: this wait has the same limit, and names its own peer.
-                const uint32_t error = *reinterpret_cast<volatile uint32_t*>(&control->error);
-                if (error != kOk && error != kTimeout) return false;
+            if (spins % 32 != 0) continue;
+            if (global_timer_ns() > op.deadline) {
+                op.host_word(kHostMissing + static_cast<int>(peer), 1);
+                fence_sys();
+                op.fail(kTimeout, 0, peer, 0, 0);
+                return now;
             }
+            // A timeout elsewhere is no reason to stop: this wait has the same limit, and names its own peer.
+            const uint32_t error = *reinterpret_cast<volatile uint32_t*>(&op.control->error);
+            if (error != kOk && error != kTimeout) return now;
         }
     }
 
@@ -135,7 +145,7 @@ struct Operation {
 
     // One CTA tells every peer about this rank. psum: inclusive, of own compact rows by source (combine), or null.
     __device__ void send_headers(const uint32_t* agreed, uint32_t tokens, uint32_t rows, uint32_t sf, uint32_t ring,
-                                 uint32_t room, uint32_t is_in_window, uint32_t refused, const int32_t* psum) const {
+                                 uint32_t room, uint32_t is_in_place, uint32_t refused, const int32_t* psum) const {
         for (uint32_t i = team.index; i < window.num_ranks * kHeaderWords; i += team.size) {
             const uint32_t peer = i / kHeaderWords, field = i % kHeaderWords;
             uint32_t value = 0;
@@ -146,7 +156,7 @@ struct Operation {
             if (field == kHeaderSf) value = sf;
             if (field == kHeaderRing) value = ring;
             if (field == kHeaderRoom) value = room;
-            if (field == kHeaderInWindow) value = is_in_window;
+            if (field == kHeaderInPlace) value = is_in_place;
             if (field == kHeaderFirstRow && psum != nullptr && peer > 0) value = static_cast<uint32_t>(psum[peer - 1]);
             // A zero-copy input was written by earlier kernels: release it together with the words.
             transport.release_signal(peer, header_at(window.rank) + field * 8, make_word(epoch, value));
@@ -158,9 +168,9 @@ struct Operation {
         for (uint32_t i = team.index; i < window.num_ranks * kHeaderWords; i += team.size) {
             const uint32_t peer = i / kHeaderWords, field = i % kHeaderWords;
             header[i] = 0;
-            uint64_t word = 0;
+            uint64_t word;
             const uint64_t* address = reinterpret_cast<const uint64_t*>(transport.local(header_at(peer) + field * 8));
-            if (wait_counted(address, epoch, 0, peer, &word)) header[i] = word_value(word);
+            if (wait_counted(address, epoch, 0, peer, word)) header[i] = word_value(word);
         }
         team.sync();
     }
@@ -185,17 +195,9 @@ struct Operation {
         team.sync();
     }
 
-    // Before the payload is overwritten: every peer has read what it wanted of the epoch before. One warp.
-    __device__ void wait_readers() const {
-        for (uint32_t peer = lane_index(); peer < window.num_ranks; peer += kWarpSize) {
-            wait(reinterpret_cast<const uint64_t*>(transport.local(window.done + peer * 8)), epoch - 1, 0, peer);
-        }
-        __syncwarp();
-    }
-
-    // Every CTA leaves here. `closes`: the operation ends with this kernel. `keeps_input`: the user may write to the
-    // window as soon as the kernel is over, so nobody may still be reading.
-    __device__ void leave(bool closes, bool keeps_input) const {
+    // Every CTA leaves here. `closes`: the operation ends with this kernel. `has_readers`: peers may still be reading this
+    // rank's window; as soon as the kernel is over, anything may be written there.
+    __device__ void leave(bool closes, bool has_readers) const {
         __shared__ uint32_t is_last;
         __syncthreads();
         if (threadIdx.x == 0) is_last = add_acq_rel_gpu(&control->exits, 1) == gridDim.x - 1;
@@ -205,7 +207,7 @@ struct Operation {
             for (uint32_t peer = threadIdx.x; peer < window.num_ranks; peer += blockDim.x) {
                 transport.release_signal(peer, window.done + window.rank * 8, make_word(epoch, 0));
             }
-            if (keeps_input) {
+            if (has_readers) {
                 for (uint32_t peer = threadIdx.x; peer < window.num_ranks; peer += blockDim.x) {
                     wait(reinterpret_cast<const uint64_t*>(transport.local(window.done + peer * 8)), epoch, 0, peer);
                 }

@@ -176,7 +176,7 @@ __device__ inline void stage_batches(const Operation& op, const CombineArgs& arg
                                      const uint32_t* header) {
     BatchCopies copies(op, args, header);
     if (!args.is_in_window && !args.is_per_copy) {
-        Copier<BatchCopies>{pipe, args.copy_cut, copies}.run();
+        Copier<BatchCopies>{pipe, args.cut, copies}.run();
         return;
     }
     const uint8_t* x = pointer<const uint8_t>(args.x);
@@ -231,7 +231,7 @@ struct OwnerSums {
             const int row = k < args.num_topk ? pointer<const int32_t>(args.expanded_row)[first + k] : -1;
             if (row >= 0) job.row[half] = pointer<const uint8_t>(args.x) + uint64_t{static_cast<uint32_t>(row)} * args.cut.row_bytes;
         }
-        job.settle(op);
+        job.settle();
         return true;
     }
     __device__ Batch current() const { return num_begun % 2 == 0 ? job_batch[0] : job_batch[1]; }
