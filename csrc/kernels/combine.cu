@@ -5,7 +5,8 @@
 
 namespace deepep {
 
-constexpr int kCombineThreads = 640;
+// As many as have registers for what they load at once.
+constexpr int combine_threads(bool sums) { return sums ? 512 : 640; }
 
 // kSums: owners add up the expanded rows of a token before they publish.
 template <bool kSums>
@@ -63,7 +64,7 @@ __device__ void combine(const CombineArgs& args) {
         if (warp < args.cut.num_stage_warps) {
             if constexpr (kSums) {
                 OwnerSums<Type> sums(op, args, header);
-                Reducer<Type, OwnerSums<Type>>{op, row_vecs, sums}.run();
+                Reducer<Type, 4, OwnerSums<Type>>{op, row_vecs, sums}.run();
             } else {
                 WarpPipe pipe(shared + warp * args.cut.slots_per_warp * args.cut.slot_bytes, barriers, warp, args.cut);
                 stage_batches(op, args, pipe, header);
@@ -71,7 +72,7 @@ __device__ void combine(const CombineArgs& args) {
         }
         HomeSums<Type> sums{op, args, owners, args.num_tokens > least_ring};
         sums.ask();
-        Reducer<Type, HomeSums<Type>>{op, row_vecs, sums}.run();
+        Reducer<Type, 2, HomeSums<Type>>{op, row_vecs, sums}.run();
     }
     op.leave(true, true);
 }
@@ -79,7 +80,8 @@ __device__ void combine(const CombineArgs& args) {
 }  // namespace deepep
 
 #define DEEPEP_COMBINE(name, type, sums)                                                                           \
-    extern "C" __global__ void __launch_bounds__(deepep::kCombineThreads, 1) name(const __grid_constant__ deepep::CombineArgs args) { \
+    extern "C" __global__ void __launch_bounds__(deepep::combine_threads(sums), 1)                                 \
+        name(const __grid_constant__ deepep::CombineArgs args) {                                                  \
         deepep::combine<deepep::type, sums>(args);                                                                 \
     }
 

@@ -14,7 +14,7 @@ from deepep.errors import InvalidArgument, UnsupportedOperation
 
 _KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _NUM_STAGE_WARPS = 6
-_NUM_SUM_WARPS = 15
+_NUM_SUM_WARPS = 12
 
 
 def combine(engine: Engine, request: CombineRequest) -> CombineResult:
@@ -70,7 +70,7 @@ def combine(engine: Engine, request: CombineRequest) -> CombineResult:
     num_sms = engine.num_sms(request.num_sms)
     engine.prepare(args.window, routing.num_experts)
     smem = 0 if sums or not must_stage else kernels.pipe_bytes(args.cut)
-    engine.launch(kernels.COMBINE[_KINDS[x.dtype], sums], num_sms, 32 * kernels.COMBINE_WARPS, smem, args)
+    engine.launch(kernels.COMBINE[_KINDS[x.dtype], sums], num_sms, 32 * kernels.COMBINE_WARPS[sums], smem, args)
     return CombineResult(out, weights)
 
 

@@ -24,7 +24,8 @@ MAX_SLOTS_PER_WARP = 8
 MAX_DISPATCH_WARPS = 14
 NUM_CLERK_WARPS = 2
 """Warps of a dispatch kernel that write metadata while the others move rows."""
-COMBINE_WARPS = 20
+COMBINE_WARPS = {False: 20, True: 16}
+"""Of combine as it is, and with sums at the owner: as many as have registers for what they load at once."""
 MAX_STAGE_WARPS = 8
 MAX_WALKERS = 16
 """Warps of notify that move rows, and that count."""

@@ -208,8 +208,6 @@ struct OwnerSums {
     BatchSource source;
     HomeRing ring;
     Batch batch{0, 0, 0, 0};
-    Batch job_batch[2];  // of the last two jobs loaded, by parity
-    uint32_t num_loaded = 0, num_begun = 0;
     uint8_t* out = nullptr;
 
     __device__ OwnerSums(const Operation& o, const CombineArgs& a, const uint32_t* header)
@@ -219,11 +217,6 @@ struct OwnerSums {
         if (batch.begin == batch.end && !source.next(batch)) return false;
         job.clear();
         job.number = batch.begin++;
-        if (num_loaded++ % 2 == 0) {
-            job_batch[0] = batch;
-        } else {
-            job_batch[1] = batch;
-        }
         const uint64_t first = uint64_t{batch.first_row + job.number} * args.num_topk;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -234,13 +227,11 @@ struct OwnerSums {
         job.settle();
         return true;
     }
-    __device__ Batch current() const { return num_begun % 2 == 0 ? job_batch[0] : job_batch[1]; }
     __device__ void start(const Job& job) {
-        const Batch mine = current();
-        if (lane_index() == 0) ring.reclaim(mine, job.number);
+        if (lane_index() == 0) ring.reclaim(batch, job.number);
         __syncwarp();
-        out = ring.row(mine.home, job.number);
-        ring.stage_weights(mine, job.number);
+        out = ring.row(batch.home, job.number);
+        ring.stage_weights(batch, job.number);
     }
     __device__ void begin(const Job&, uint32_t, float (&total)[Type::kPerVec]) const {
 #pragma unroll
@@ -251,8 +242,7 @@ struct OwnerSums {
     }
     __device__ void finish(const Job& job) {
         __syncwarp();
-        if (lane_index() == 0) ring.raise_flag(current().home, job.number);
-        ++num_begun;
+        if (lane_index() == 0) ring.raise_flag(batch.home, job.number);
     }
 };
 

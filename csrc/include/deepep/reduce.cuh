@@ -11,7 +11,6 @@ constexpr uint32_t kLaneVecs = 4;  // of a row, loaded together
 
 // One sum. Lane l holds what slots l and l + 32 add.
 struct Job {
-    bool is_valid;
     uint32_t number;             // token, or compact row
     const uint8_t* row[2];       // null: the slot adds nothing
     const uint64_t* flag[2];     // that says the row is there; null if it is anyway
@@ -19,7 +18,6 @@ struct Job {
     uint32_t used[2];            // slots that add something, a bit each
 
     __device__ void clear() {
-        is_valid = false;
         row[0] = row[1] = nullptr;
         flag[0] = flag[1] = nullptr;
         lap_and_peer[0] = lap_and_peer[1] = 0;
@@ -27,7 +25,6 @@ struct Job {
 
     // After the lanes have filled in their slots.
     __device__ void settle() {
-        is_valid = true;
         used[0] = __ballot_sync(kFullMask, row[0] != nullptr);
         used[1] = __ballot_sync(kFullMask, row[1] != nullptr);
     }
@@ -55,7 +52,8 @@ struct Job {
 // Provider: bool load(Job&); void start(Job&), before the first row is read; void begin(const Job&, uint32_t vec,
 //           float (&)[n]); void write(const Job&, uint32_t vec, const Vec16&); void finish(const Job&). vec: 16-byte vector
 //           of the row.
-template <typename Type, typename Provider>
+// kTerms: rows that are loaded from at the same time.
+template <typename Type, uint32_t kTerms, typename Provider>
 struct Reducer {
     const Operation& op;
     uint32_t row_vecs;
@@ -91,12 +89,17 @@ struct Reducer {
         }
         uint32_t left[2] = {job.used[0], job.used[1]};
         while ((left[0] | left[1]) != 0) {
-            Held first = {}, second = {};
-            load<kFull>(first, job.take(left), vec);
-            const bool has_second = (left[0] | left[1]) != 0;
-            if (has_second) load<kFull>(second, job.take(left), vec);
-            add(total, first);
-            if (has_second) add(total, second);
+            Held held[kTerms];
+            bool is_held[kTerms];
+#pragma unroll
+            for (uint32_t t = 0; t < kTerms; ++t) {
+                is_held[t] = (left[0] | left[1]) != 0;
+                if (is_held[t]) load<kFull>(held[t], job.take(left), vec);
+            }
+#pragma unroll
+            for (uint32_t t = 0; t < kTerms; ++t) {
+                if (is_held[t]) add(total, held[t]);
+            }
         }
 #pragma unroll
         for (uint32_t i = 0; i < kLaneVecs; ++i) {
@@ -105,22 +108,17 @@ struct Reducer {
     }
 
     __device__ void run() {
-        Job current, next;
-        if (!provider.load(current)) return;
-        for (;;) {
-            if (!provider.load(next)) next.clear();
-            provider.start(current);
-            current.await(op);
+        for (Job job; provider.load(job);) {
+            provider.start(job);
+            job.await(op);
             for (uint32_t first = 0; first < row_vecs; first += kLaneVecs * kWarpSize) {
                 if (first + kLaneVecs * kWarpSize <= row_vecs) {
-                    sum<true>(current, first + lane_index());
+                    sum<true>(job, first + lane_index());
                 } else {
-                    sum<false>(current, first + lane_index());
+                    sum<false>(job, first + lane_index());
                 }
             }
-            provider.finish(current);
-            if (!next.is_valid) return;
-            current = next;
+            provider.finish(job);
         }
     }
 };
