@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from deepep import env
 from deepep.backends.base import CombineRequest, DispatchRequest, Layout, Reduction
 from deepep.errors import InvalidArgument
 from deepep.event import EventOverlap
@@ -24,6 +25,11 @@ else:
 
 _REDUCTIONS = {item.value: item for item in Reduction}
 
+# Of which a low-latency window is made: up to so many tokens travel as lines, 11 of them for 8 vectors of a row.
+_LINE_TOKENS, _OCTET_BYTES, _OCTET_LINE_BYTES = 32, 8 * 16, 11 * 16
+_MAX_TOPK, _CHOICE_BYTES, _WORD_BYTES = 64, 16, 8
+_STATE_BYTES, _NUM_ARRAYS, _ALIGNMENT = 4096, 11, 128
+
 Hook = Callable[[], None]
 
 
@@ -36,17 +42,27 @@ class LowLatencyMixin(_Base):
     def get_low_latency_rdma_size_hint(
         num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
     ) -> int:
-        """Bytes low latency needs: two banks of R*M rows each way, whatever the number of experts.
+        """Bytes low latency needs: two banks of R*M rows each way, and of the lines in which few tokens travel.
+
+        Covers any number of choices a token may have (64). Combining per copy, with more choices than ranks, needs
+        more; `ipc` then makes its window larger at the first such call.
 
         Args:
             num_max_dispatch_tokens_per_rank: M.
             hidden: H.
             num_ranks: R.
-            num_experts: E; upstream's buffers grow with it, these do not.
+            num_experts: E; upstream's buffers grow with it by rows, these by a word each.
         """
         check_experts("get_low_latency_rdma_size_hint", num_experts, num_ranks)
-        row_bytes = align(2 * hidden, 128) + 128 * 8
-        return align(2 * 2 * num_ranks * num_max_dispatch_tokens_per_rank * row_bytes, 128)
+        num_rows, row_bytes = num_ranks * num_max_dispatch_tokens_per_rank, 2 * hidden
+        # Tests compare this with the division of the window, which belongs to backends that are not imported here.
+        line_tokens = min(env.ll_line_tokens(_LINE_TOKENS), num_max_dispatch_tokens_per_rank)
+        line_bytes = align(-(-row_bytes // _OCTET_BYTES) * _OCTET_LINE_BYTES, _ALIGNMENT)
+        slot_bytes = align(row_bytes + _CHOICE_BYTES * _MAX_TOPK, _ALIGNMENT)
+        bank = num_rows * (slot_bytes + row_bytes + _WORD_BYTES * (_MAX_TOPK + 2))
+        bank += num_ranks * line_tokens * (2 * line_bytes + _CHOICE_BYTES * _MAX_TOPK)
+        bank += _WORD_BYTES * (num_experts + 3 * num_ranks) + _NUM_ARRAYS * _ALIGNMENT
+        return _STATE_BYTES + 2 * align(bank, _ALIGNMENT)
 
     def low_latency_dispatch(
         self,

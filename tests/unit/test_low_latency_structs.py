@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+import deepep
 from deepep.cuda import ll_structs
 from deepep.cuda.ll_structs import Shape, divide
 from deepep.cuda.sources import source_root
@@ -89,5 +90,30 @@ def test_arrays_follow_each_other_without_overlap(shape: Shape) -> None:
     assert shape.combine_line_bytes >= 2 * shape.hidden * 4 // 3
 
 
+hint = deepep.Buffer.get_low_latency_rdma_size_hint
+
+
+@pytest.mark.parametrize("num_topk", [1, 8, ll_structs.MAX_TOPK])
+@pytest.mark.parametrize(
+    ("num_ranks", "num_experts", "num_max_tokens", "hidden"),
+    [(1, 1, 1, 8), (2, 256, 128, 7168), (3, 9, 5, 2880), (8, 288, 128, 7168), (8, 64, 33, 136), (64, 8192, 16, 512)],
+)
+def test_the_size_hint_covers_what_a_window_needs(
+    num_ranks: int, num_experts: int, num_max_tokens: int, hidden: int, num_topk: int
+) -> None:
+    needed = divide(Shape(num_ranks, num_experts, num_topk, num_max_tokens, hidden)).num_bytes
+    hinted = hint(num_max_tokens, hidden, num_ranks, num_experts)
+    assert needed <= hinted
+    if num_topk == ll_structs.MAX_TOPK:
+        assert hinted - needed <= 2 * 11 * 128, "no more than gaps between arrays"
+
+
+@pytest.mark.parametrize("line_tokens", [0, 1, 40, 1000])
+def test_the_size_hint_follows_the_limit_of_lines(line_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Shape(8, 64, ll_structs.MAX_TOPK, 100, 2048, line_tokens=line_tokens)
+    monkeypatch.setenv("DEEPEP_LL_LINE_TOKENS", str(line_tokens))
+    assert 0 <= hint(100, 2048, 8, 64) - divide(shape).num_bytes <= 2 * 11 * 128
+
+
 def test_a_large_decode_window_is_under_100_mb() -> None:
-    assert divide(Shape(8, 288, 8, 128, 7168)).num_bytes < 100e6
+    assert divide(Shape(8, 288, 8, 128, 7168)).num_bytes < hint(128, 7168, 8, 288) < 100e6
