@@ -3,15 +3,16 @@
     python benchmarks/two_gpus.py --out benchmarks/results/h200-x2.json
     python benchmarks/two_gpus.py --table benchmarks/results/h200-x2.json     # print the file as Markdown
 
-Ceilings of the link; the contract with a rank per GPU; whole operations against NCCL on the same bytes; a sweep over
-multiprocessors; low latency; at last, under MPS, the contract with eight ranks on the two GPUs. Each step runs in a
-process group of its own and ends with it at its limit; what a step left behind is kept, whatever became of the others.
-NVLink multicast stays off. With one GPU the same steps run with both ranks on it (start MPS first).
+Ceilings of the link; the contract with a rank per GPU; whole operations against NCCL on the same bytes; low latency; a
+sweep over multiprocessors; at last, under MPS, the contract with eight ranks on the two GPUs. Every step ends at its
+limit and leaves no process behind; what earlier steps found is kept, whatever becomes of the others. NVLink multicast
+stays off. With one GPU the same steps run with both ranks on it (start MPS first).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -24,20 +25,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from deepep.bench.plan import ROUTINGS, Plan
+from deepep.bench.report import as_json, summarise
+from deepep.bench.run import RankReport, run_rank
+from deepep.group import make_group
+from deepep.testing.launch import Workers
+
 ROOT = Path(__file__).resolve().parent.parent
 MULTICAST_OFF = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
-SWEEP = ("4", "8", "12", "16", "32", "64", "132")
-LOW_LATENCY_TOKENS = ("1", "8", "32", "128", "512")
+SWEEP = (4, 8, 16, 48, 132)
+LOW_LATENCY_TOKENS = (1, 8, 32, 128, 512)
 CLOCKS = ("wall_us", "events_us", "replay_us", "kernels_us")
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command, the seconds it may take, and whether it writes JSON (its last argument is then the file's name)."""
+    """Something to run, and the seconds it may take: a command or a plan of the bench.
+
+    Attributes:
+        name: for people, and for `--only`.
+        limit: seconds.
+        command: to run; an empty one where there is a plan.
+        plan: what the bench is to measure.
+        has_json: the command writes JSON to the file that is its last argument.
+        needs_mps: its ranks share GPUs.
+    """
 
     name: str
     limit: float
-    command: tuple[str, ...]
+    command: tuple[str, ...] = ()
+    plan: Plan | None = None
     has_json: bool = False
     needs_mps: bool = False
 
@@ -45,22 +64,30 @@ class Step:
 def steps(backend: str) -> Iterator[Step]:
     """List what is run, the most telling first."""
     contract = (sys.executable, "tests/gpu/run_contract.py", "--backend", backend, "--low-latency")
-    bench = (sys.executable, "-m", "deepep", "bench", "--backend", backend, "--device", "cuda", "--num-ranks", "2")
     yield Step("links", 60, (sys.executable, "benchmarks/links.py", "--json"), has_json=True)
-    yield Step("contract, 2 ranks", 75, (*contract, "--ranks", "2", "--seconds", "60"))
-    what: tuple[str, ...]
-    for num_tokens in ("4096", "8192"):
+    yield Step("contract, 2 ranks", 90, (*contract, "--ranks", "2", "--seconds", "75"))
+    for num_tokens in (4096, 8192):
         for dtype in ("fp8", "bf16"):
-            what = ("--num-tokens", num_tokens, "--dtype", dtype, "--layout", "compact", "expanded", "--num-sms", "24")
-            yield Step(f"{num_tokens} tokens, {dtype}", 45, (*bench, *what, "--json"), has_json=True)
+            plan = _plan(backend, num_tokens, dtype, routings=ROUTINGS if num_tokens == 4096 else ("balanced",))
+            yield Step(f"{num_tokens} tokens, {dtype}", 45, plan=plan)
     for num_tokens in LOW_LATENCY_TOKENS:
-        what = ("--low-latency", "--num-tokens", num_tokens, "--routing", "balanced")
-        yield Step(f"low latency, {num_tokens} tokens", 25, (*bench, *what, "--json"), has_json=True)
+        plan = _plan(backend, num_tokens, "bf16", layouts=("padded",), num_sms=(0,))
+        yield Step(f"low latency, {num_tokens} tokens", 25, plan=plan)
     for dtype in ("fp8", "bf16"):
-        what = ("--num-tokens", "4096", "--dtype", dtype, "--layout", "compact", "expanded", "--routing", "balanced")
-        sweep = (*bench, *what, "--num-iters", "10", "--num-sms", *SWEEP, "--json")
-        yield Step(f"sweep over SMs, {dtype}", 75, sweep, has_json=True)
-    yield Step("contract, 8 ranks", 95, (*contract, "--ranks", "8", "--seconds", "80"), needs_mps=True)
+        plan = _plan(backend, 4096, dtype, num_sms=SWEEP, num_iters=10)
+        yield Step(f"sweep over SMs, {dtype}", 75, plan=plan)
+    yield Step("contract, 8 ranks", 130, (*contract, "--ranks", "8", "--seconds", "110"), needs_mps=True)
+
+
+def _plan(backend: str, num_tokens: int, dtype: str, **others: Any) -> Plan:
+    """Make a plan of the usual shape: 7168 channels, top-8 of 256 experts, 24 multiprocessors."""
+    usual: dict[str, Any] = {
+        "layouts": ("compact", "expanded"), "routings": ("balanced",), "num_sms": (24,), "num_iters": 30,
+    }  # fmt: skip
+    return Plan(
+        backend=backend, device="cuda", num_tokens=num_tokens, hidden=7168, num_topk=8, num_experts=256, dtype=dtype,
+        seed=0, **{**usual, **others},
+    )  # fmt: skip
 
 
 def main() -> int:
@@ -76,26 +103,55 @@ def main() -> int:
         print(markdown(json.loads(options.table.read_text())))
         return 0
     report: dict[str, Any] = {"commit": options.commit or _commit(), "steps": [], "runs": []}
-    with tempfile.TemporaryDirectory() as folder:
+    os.environ.update(MULTICAST_OFF)
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(Workers(2, device="cuda")) as workers:
         for backend in options.backend:
             for step in steps(backend):
                 if not options.only or step.name.startswith(tuple(options.only)):
-                    _run(step, Path(folder), report)
+                    _run(step, Path(folder), workers, report)
                     if options.out:
                         options.out.write_text(json.dumps(report, indent=1) + "\n")
     print(markdown(report))
     return int(any(done["exit_status"] for done in report["steps"]))
 
 
-def _run(step: Step, folder: Path, report: dict[str, Any]) -> None:
-    environment = {**os.environ, **MULTICAST_OFF, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    if step.needs_mps:
-        environment |= _start_mps(folder)
-    result = folder / f"{step.name}.json"
-    command = [*step.command, *([str(result)] if step.has_json else [])]
+def _run(step: Step, folder: Path, workers: Workers, report: dict[str, Any]) -> None:
     print(f"== {step.name}", flush=True)
     started = time.monotonic()
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+    if step.plan is not None:
+        status = _measure(step.name, step.plan, workers, step.limit, report)
+    else:
+        status = _execute(step, folder, workers, report)
+    seconds = round(time.monotonic() - started, 1)
+    print(f"== {step.name}: exit status {status} after {seconds} s", flush=True)
+    report["steps"].append({"name": step.name, "exit_status": status, "seconds": seconds})
+
+
+def _measure(name: str, plan: Plan, workers: Workers, limit: float, report: dict[str, Any]) -> int:
+    """Run the bench on ranks that live on from plan to plan; one that fails takes them along, and others start."""
+    try:
+        found = workers.run(_bench_rank, plan, timeout=limit)
+    except Exception as error:  # noqa: BLE001  whatever a rank raises is noted, and the next step runs
+        print(f"{type(error).__name__}: {error}", flush=True)
+        return 1
+    report["runs"].append({"step": name, **as_json(plan, found, summarise(found))})
+    return 0
+
+
+def _bench_rank(process_group: Any, plan: Plan) -> RankReport:
+    return run_rank(make_group(process_group), plan)
+
+
+def _execute(step: Step, folder: Path, workers: Workers, report: dict[str, Any]) -> int:
+    """Run a command in a process group of its own, which ends with it."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    if step.needs_mps:
+        workers.close()  # MPS wants the GPUs to itself
+        environment |= _start_mps(folder)
+    result = folder / f"{step.name}.json"
+    process = subprocess.Popen(
+        [*step.command, *([str(result)] if step.has_json else [])], cwd=ROOT, env=environment, start_new_session=True
+    )
     try:
         status = process.wait(step.limit)
     except subprocess.TimeoutExpired:
@@ -103,11 +159,9 @@ def _run(step: Step, folder: Path, report: dict[str, Any]) -> None:
     finally:
         # Ranks spin when their peers are gone: nothing of a step may outlive it.
         _kill_group(process)
-    seconds = round(time.monotonic() - started, 1)
-    print(f"== {step.name}: exit status {status} after {seconds} s", flush=True)
-    report["steps"].append({"name": step.name, "exit_status": status, "seconds": seconds})
     if result.exists():
         report["runs"].append({"step": step.name, **json.loads(result.read_text())})
+    return status
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
