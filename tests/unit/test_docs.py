@@ -142,6 +142,12 @@ def test_the_picture_of_the_demo_has_one_name() -> None:
     assert f"/{picture}" in (ROOT / ".gitignore").read_text().split()
 
 
+def test_every_environment_variable_is_described() -> None:
+    read = set(re.findall(r'"(DEEPEP_\w+)"', (ROOT / "deepep/env.py").read_text()))
+    described = re.findall(r"^\| `(DEEPEP_\w+)` \|", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
+    assert sorted(described) == sorted(read)
+
+
 def sample() -> str:
     """The Python code of the README."""
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

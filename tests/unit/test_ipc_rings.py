@@ -2,7 +2,7 @@
 
 Warps are generators that yield whenever they would poll; a random scheduler runs them. Owner warps stage batches of one
 home's rows, in token order, homes side by side, and publish a batch once the next one is on its way; home warps sum
-tokens in order and look ahead by one. Ring slots are given back when a home is through with a pass of tokens.
+tokens in order. Ring slots are given back when a home is through with a pass of tokens.
 """
 
 from __future__ import annotations
