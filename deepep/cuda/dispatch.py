@@ -1,11 +1,13 @@
-"""Dispatch as launches: notify, beside a copy of the rows into the window; the wait for counts where shapes are exact; the
-kernel that fetches rows.
+"""Dispatch as launches: notify, beside a copy of the rows into the window; then the kernel that fetches rows.
+
+Between the two the CPU waits for counts where shapes are exact; the GPU in turn waits for what the CPU does after that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 
@@ -15,6 +17,9 @@ from deepep.cuda import kernels
 from deepep.cuda.arguments import DispatchArgs
 from deepep.cuda.dispatch_plan import Plan, plan_of
 from deepep.cuda.engine import Counts, Engine
+
+# dst_rank, dst_row, psum of ranks, counts, rank prefix matrix.
+_Views: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -75,50 +80,75 @@ class _Dispatch:
         return DispatchResult(recv_x, recv_sf, None, None, None, [], routing)
 
     def _fresh(self) -> DispatchResult:
+        request, plan = self.request, self.plan
+        block = self._point_to_outputs()
+        copies, stream, copied = self.engine.copies, self.engine.stream(), any(plan.copied)
+        if copied:
+            copies.fork(stream)
+        self._notify()
+        if copied:
+            for target, source, num_bytes in self._copies():
+                copies.copy_beside(target, source, num_bytes)
+        # While the CPU would wait for notify, or else once everything is launched.
+        views = self._views(block) if plan.is_exact else None
+        num_compact, num_rows, aligned = self._sizes()
+        recv_x, recv_sf = self._receive(num_rows, is_cleared=False)
+        metadata, weights = self._receive_metadata(num_compact, num_rows)
+        if copied:
+            copies.join(stream)
+        self._fetch()
+        src_token, expanded_row, idx = self._metadata_views(metadata, num_compact)
+        if request.routing is not None:
+            return DispatchResult(recv_x, recv_sf, idx, weights, None, [], request.routing)
+        dst_rank, dst_row, psum, counts, matrix = views or self._views(block)
+        routing = Routing(
+            request.layout, request.num_experts, request.num_max_tokens_per_rank, request.expert_alignment,
+            num_compact, num_rows, request.topk_idx, dst_rank, dst_row, psum, src_token, expanded_row,
+            Sent(self.engine.sent_counts(), plan.row_bytes) if plan.is_exact else None,
+        )  # fmt: skip
+        return DispatchResult(
+            recv_x, recv_sf, idx, weights, counts, aligned, routing, rank_prefix_matrix=matrix
+        )  # fmt: skip
+
+    def _point_to_outputs(self) -> torch.Tensor:
+        """Point to inputs of notify, and to its outputs: one block, for one allocation; they belong to one handle."""
         request, plan, args = self.request, self.plan, self.args
-        num_ranks, num_tokens = self.engine.num_ranks, request.x.shape[0]
-        dst_rank, dst_row = self._int32(num_tokens, plan.num_slots), self._int32(num_tokens, plan.num_slots)
-        psum, counts = self._int32(num_ranks), self._int32(plan.num_local_experts)
-        matrix = None if plan.is_expanded else self._int32(num_ranks, num_ranks)
-        args.dst_rank, args.dst_row, args.psum_ranks = dst_rank.data_ptr(), dst_row.data_ptr(), psum.data_ptr()
-        args.counts_out = counts.data_ptr()
-        if matrix is not None:
-            args.rank_prefix_matrix = matrix.data_ptr()
+        parts = plan.parts
+        block = torch.empty(parts.end, dtype=torch.int32, device=self.device)
+        address = block.data_ptr()
+        args.dst_rank, args.dst_row = address, address + 4 * parts.dst_row
+        args.psum_ranks, args.counts_out = address + 4 * parts.psum, address + 4 * parts.counts
+        if not plan.is_expanded:
+            args.rank_prefix_matrix = address + 4 * parts.matrix
         self._point("topk_idx", request.topk_idx)
         self._point("topk_weights", request.topk_weights)
         self._point("is_token_in_rank", request.is_token_in_rank)
         self._point("tokens_per_expert", request.num_tokens_per_expert)
         if request.routing is None:
             self._point("stats", request.cumulative_local_expert_recv_stats)
-        copies, stream = self.engine.copies, self.engine.stream()
-        if any(plan.copied):
-            copies.fork(stream)
-        self._notify()
-        for target, source, num_bytes in self._copies():
-            copies.copy_beside(target, source, num_bytes)
-        num_compact, num_rows, aligned, private = plan.num_compact_rows, plan.num_rows, [], None
-        if plan.is_exact:
-            found: Counts = self.engine.wait_counts(plan.num_local_experts, request.expert_alignment)
-            num_compact, aligned = found.num_tokens, found.aligned
-            num_rows = sum(aligned) if plan.is_expanded else num_compact
-            args.num_compact_rows, args.num_rows = num_compact, num_rows
-            private = Sent(found.sent, plan.row_bytes)
-        recv_x, recv_sf = self._receive(num_rows, is_cleared=False)
-        src_token = self._int32(num_compact)
-        args.recv_src_token = src_token.data_ptr()
-        expanded_row, idx, weights = self._receive_metadata(num_compact, num_rows)
-        if any(plan.copied):
-            copies.join(stream)
-        self._fetch()
-        if request.routing is not None:
-            return DispatchResult(recv_x, recv_sf, idx, weights, None, [], request.routing)
-        routing = Routing(
-            request.layout, request.num_experts, request.num_max_tokens_per_rank, request.expert_alignment,
-            num_compact, num_rows, request.topk_idx, dst_rank, dst_row, psum, src_token, expanded_row, private,
-        )  # fmt: skip
-        return DispatchResult(
-            recv_x, recv_sf, idx, weights, counts, aligned, routing, rank_prefix_matrix=matrix
-        )  # fmt: skip
+        return block
+
+    def _views(self, block: torch.Tensor) -> _Views:
+        """Give the outputs of notify as views of their block."""
+        plan, parts, num_ranks = self.plan, self.plan.parts, self.engine.num_ranks
+        shape, strides = (int(plan.args.num_tokens), plan.num_slots), (plan.num_slots, 1)
+        return (
+            block.as_strided(shape, strides),
+            block.as_strided(shape, strides, parts.dst_row),
+            block.as_strided((num_ranks,), (1,), parts.psum),
+            block.as_strided((plan.num_local_experts,), (1,), parts.counts),
+            None if plan.is_expanded else block.as_strided((num_ranks, num_ranks), (num_ranks, 1), parts.matrix),
+        )
+
+    def _sizes(self) -> tuple[int, int, list[int]]:
+        """Give compact rows, rows of the result and aligned rows per expert, waiting for them where they are exact."""
+        plan, args = self.plan, self.args
+        if not plan.is_exact:
+            return plan.num_compact_rows, plan.num_rows, []
+        found: Counts = self.engine.wait_counts(plan.num_local_experts, self.request.expert_alignment)
+        num_rows = sum(found.aligned) if plan.is_expanded else found.num_tokens
+        args.num_compact_rows, args.num_rows = found.num_tokens, num_rows
+        return found.num_tokens, num_rows, found.aligned
 
     def _copies(self) -> Iterator[tuple[int, int, int]]:
         """List what is to be copied into the window: target, source, bytes."""
@@ -153,26 +183,41 @@ class _Dispatch:
         args.recv_sf = recv_sf.data_ptr()
         return recv_x, recv_sf
 
-    def _receive_metadata(
-        self, num_compact: int, num_rows: int
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Allocate expanded rows, or top-k, and weights."""
+    def _receive_metadata(self, num_compact: int, num_rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Allocate what says where rows come from, as one block, and weights.
+
+        Weights stand alone: users may put them through autograd, which treats a view in its own way.
+        """
         plan, args = self.plan, self.args
-        expanded_row, idx, weights = None, None, None
+        num_entries = num_compact * plan.num_topk
+        # Top-k numbers or expanded rows first, then token numbers.
         if plan.is_expanded:
-            expanded_row = self._int32(num_compact, plan.num_topk)
-            args.expanded_row = expanded_row.data_ptr()
-        elif plan.num_topk:
-            idx = torch.empty((num_compact, plan.num_topk), dtype=torch.int64, device=self.device)
-            args.recv_topk_idx = idx.data_ptr()
+            block = torch.empty(num_entries + num_compact, dtype=torch.int32, device=self.device)
+            args.expanded_row, num_bytes = block.data_ptr(), 4 * num_entries
+        else:
+            block = torch.empty(num_entries + (num_compact + 1) // 2, dtype=torch.int64, device=self.device)
+            num_bytes = 8 * num_entries
+            if plan.num_topk:
+                args.recv_topk_idx = block.data_ptr()
+        args.recv_src_token = block.data_ptr() + num_bytes
+        weights = None
         if self.request.topk_weights is not None:
             shape = (num_rows,) if plan.is_expanded else (num_compact, plan.num_topk)
             weights = torch.empty(shape, dtype=torch.float32, device=self.device)
             args.recv_topk_weights = weights.data_ptr()
-        return expanded_row, idx, weights
+        return block, weights
 
-    def _int32(self, *shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=self.device)
+    def _metadata_views(
+        self, block: torch.Tensor, num_compact: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Give token numbers, expanded rows and top-k numbers as views of their block."""
+        plan = self.plan
+        num_topk, num_entries = plan.num_topk, num_compact * plan.num_topk
+        shape, strides = (num_compact, num_topk), (num_topk, 1)
+        if plan.is_expanded:
+            return block.as_strided((num_compact,), (1,), num_entries), block.as_strided(shape, strides), None
+        src_token = block.view(torch.int32).as_strided((num_compact,), (1,), 2 * num_entries)
+        return src_token, None, block.as_strided(shape, strides) if num_topk else None
 
     def _point(self, name: str, tensor: torch.Tensor | None) -> None:
         if tensor is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,6 +21,17 @@ _SF_FORMATS = {quant.SfFormat.FLOAT32: 1, quant.SfFormat.POW2: 2, quant.SfFormat
 _NUM_STAGE_WARPS = 4
 _NUM_STAGE_WARPS_CACHED = 7
 _MOST_PLANS = 256
+_PART_ALIGNMENT = 32  # int32 elements, a cache line
+
+
+class Parts(NamedTuple):
+    """Where each tensor that notify writes begins in their common block, in int32 elements; `dst_rank` is the first."""
+
+    dst_row: int
+    psum: int
+    counts: int
+    matrix: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,7 @@ class Plan:
         sf_dtype: of the received scale factors, or None.
         row_bytes: of one row on the way, scale factors included.
         copied: bytes of rows, and of scale factors, that are copied into the window before they are fetched.
+        parts: of the block that holds what notify writes.
     """
 
     args: DispatchArgs
@@ -64,6 +76,7 @@ class Plan:
     sf_dtype: torch.dtype | None
     row_bytes: int
     copied: tuple[int, int]
+    parts: Parts
 
 
 def plan_of(engine: Engine, request: DispatchRequest) -> Plan:
@@ -128,7 +141,17 @@ class _Planner:
             self.num_topk, self.num_slots, self.num_local, self.is_cached, self.is_exact, self.is_expanded,
             num_compact, num_rows, quant.FP8_DTYPE if is_cast else request.x.dtype, sf_dtype,
             int(args.cut.row_bytes) + 4 * int(args.num_sf), self.copied,
+            self._parts(),
         )  # fmt: skip
+
+    def _parts(self) -> Parts:
+        num_ranks = self.engine.num_ranks
+        num_matrix = 0 if self.is_expanded else num_ranks * num_ranks
+        places, at = [], 0
+        for size in (*(self.num_tokens * self.num_slots,) * 2, num_ranks, self.num_local, num_matrix):
+            at = kernels.align_up(at + size, _PART_ALIGNMENT)
+            places.append(at)
+        return Parts(*places)
 
     def _check(self) -> None:
         limit = int(self.engine.window.metadata_bytes) // metadata_row_bytes(self.num_topk) & ~3

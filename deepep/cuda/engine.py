@@ -41,10 +41,9 @@ class Memory(Protocol):
 
 @dataclass(frozen=True)
 class Counts:
-    """What the host learns from notify: compact rows received, rows sent to each rank, aligned rows per expert."""
+    """What the host learns from notify before it goes on: compact rows received, aligned rows per expert."""
 
     num_tokens: int
-    sent: tuple[int, ...]
     aligned: list[int]
 
 
@@ -72,7 +71,7 @@ class Engine:
     timeout: float
     plans: dict[Any, Any] = field(default_factory=dict)
     _scratch: dict[int, torch.Tensor] = field(default_factory=dict)
-    _handles: dict[jit.KernelSpec, int] = field(default_factory=dict)
+    _handles: dict[str, int] = field(default_factory=dict)
     _inputs: dict[str, int] = field(default_factory=dict)
     _ticket: int = 0
 
@@ -86,7 +85,7 @@ class Engine:
         struct.peers, struct.host = self.memory.peer_table, self.words.device_address
         struct.rank, struct.timeout_ns = self.rank, int(self.timeout * 1e9)
         self.window = struct
-        self._launch = runtime().launch
+        self._launch, self._wait_word = runtime().launch, runtime().wait_word
 
     @functools.cached_property
     def copies(self) -> Copies:
@@ -116,18 +115,18 @@ class Engine:
     def launch(self, spec: jit.KernelSpec, num_sms: int, num_threads: int, smem: int, args: ctypes.Structure) -> None:
         """Start a kernel on torch's current stream."""
         driver.ensure_context(self.device)
-        handle = self._handles.get(spec)
+        handle = self._handles.get(spec.name)
         if handle is None:
             kernel = jit.load(spec, self.device)
             kernel.set_max_smem(self.smem_bytes)
-            handle = self._handles[spec] = kernel.handle
+            handle = self._handles[spec.name] = kernel.handle
         self._launch(handle, num_sms, num_threads, smem, current_stream(self.device), ctypes.addressof(args))
 
     def wait_counts(self, num_local_experts: int, alignment: int) -> Counts:
         """Wait, without the GIL, until notify has written this call's counts; raise what went wrong instead."""
         ready = self._ticket << 32 | 1
         # The kernel gives up by itself; the host only needs to outlast it.
-        runtime().wait_word(self.words.host_address + 8 * HostWord.READY, ready, self.timeout + 10.0)
+        self._wait_word(self.words.host_address + 8 * HostWord.READY, ready, self.timeout + 10.0)
         words, num_ranks = self.words.host, self.num_ranks
         if int(words[HostWord.CODE]):
             self.barrier_launch(is_close=True)
@@ -135,12 +134,19 @@ class Engine:
         if int(words[HostWord.READY]) != ready:
             torch.cuda.current_stream(self.device).synchronize()
             self.status.raise_error()
-        first, last = HostWord.MISSING + num_ranks, HostWord.MISSING + 2 * num_ranks + 1 + num_local_experts
-        # The lower halves of the words.
-        page = words.view(np.int32)[2 * first : 2 * last : 2]
-        counts = page[1 + num_ranks :]
-        aligned = (counts + (alignment - 1)) // alignment * alignment if alignment > 1 else counts
-        return Counts(int(page[0]), tuple(page[1 : 1 + num_ranks].tolist()), aligned.tolist())
+        first = HostWord.MISSING + num_ranks
+        counts = self._values(first + 1 + num_ranks, num_local_experts)
+        if alignment > 1:
+            counts = (counts + (alignment - 1)) // alignment * alignment
+        return Counts(int(words[first]) & 0xFFFFFFFF, counts.tolist())
+
+    def sent_counts(self) -> tuple[int, ...]:
+        """Give the rows that this rank sent to each rank, once `wait_counts` is over and until the next notify."""
+        return tuple(self._values(HostWord.MISSING + self.num_ranks + 1, self.num_ranks).tolist())
+
+    def _values(self, first: int, number: int) -> np.ndarray:
+        """Give the lower halves of host words."""
+        return self.words.host.view(np.int32)[2 * first : 2 * (first + number) : 2]
 
     def barrier_launch(self, *, is_refusal: bool = False, is_close: bool = False) -> None:
         """Meet all ranks, refuse the running operation towards them, or end a failed one."""
