@@ -117,9 +117,11 @@ __device__ void add_earlier(const Operation& op, const DispatchArgs& args, uint3
 // The last CTA to have sent its metadata says so to every peer.
 __device__ void announce_metadata(const Operation& op) {
     __shared__ uint32_t is_last;
-    fence_sys();
     op.team.sync();
-    if (op.team.index == 0) is_last = add_acq_rel_gpu(&op.control->metadata, 1) == gridDim.x - 1;
+    if (op.team.index == 0) {
+        fence_sys();  // for the whole team: the barrier has put its writes before this
+        is_last = add_acq_rel_gpu(&op.control->metadata, 1) == gridDim.x - 1;
+    }
     op.team.sync();
     if (!is_last) return;
     for (uint32_t peer = op.team.index; peer < op.window.num_ranks; peer += op.team.size) {
@@ -238,7 +240,6 @@ __device__ void count_and_place(const Operation& op, const DispatchArgs& args, u
     walk_tokens<false>(op, args, begin, end, own_counters, outboxes);
     op.team.sync();
     scan_warps(op.team, shared, args.num_walkers, num_columns, partial + blockIdx.x * num_columns);
-    __threadfence();
     if (!op.grid_barrier(1)) op.fail(kTimeout, 0, op.window.rank, 0, 0);
     add_earlier(op, args, shared, args.num_walkers, num_columns, partial);
     op.team.sync();
@@ -252,7 +253,6 @@ __device__ void receive(const Operation& op, const DispatchArgs& args, uint32_t*
         const uint32_t num_ranks = op.window.num_ranks;
         place_experts(op, args, shared + num_ranks * (kHeaderWords + num_ranks));
     }
-    fence_sys();
     op.team.sync();
     if (op.team.index == 0 && args.is_exact) {
         store_release_sys(pointer<uint64_t>(op.window.host) + kHostReady, make_word(op.window.ticket, 1));
