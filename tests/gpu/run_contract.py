@@ -6,6 +6,7 @@ python tests/gpu/run_contract.py --ranks 1 2 4 8 --seconds 60
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 import time
 from dataclasses import replace
@@ -171,6 +172,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--low-latency", action="store_true")
     parser.add_argument("--failures", type=int, default=6)
+    parser.add_argument("--shuffle", type=int, metavar="SEED", help="in random order: a fair sample if time is short")
     args = parser.parse_args()
     target = Target(args.backend, "cuda", 10.0)
     num_failed = 0
@@ -181,6 +183,8 @@ def main() -> int:
         jobs += [(run_graph, "graph", "shared"), (run_graph, "graph", "alone"), (run_faults, "faults", "")]
         jobs = [job for job in jobs if not job[2].startswith("hosts")]
         jobs = [job for job in jobs if not args.only or job[1] in args.only or job[2] in args.only]
+        if args.shuffle is not None:
+            random.Random(args.shuffle).shuffle(jobs)
         num_failed += _run_jobs(num_ranks, jobs, target, args.seconds, args.failures)
     return 1 if num_failed else 0
 
