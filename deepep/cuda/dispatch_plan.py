@@ -20,7 +20,6 @@ from deepep.layout import num_expanded_rows_at_most
 _SF_FORMATS = {quant.SfFormat.FLOAT32: 1, quant.SfFormat.POW2: 2, quant.SfFormat.UE8M0: 3}
 _NUM_STAGE_WARPS = 4
 _NUM_STAGE_WARPS_CACHED = 7
-_MOST_PLANS = 256
 _PART_ALIGNMENT = 32  # int32 elements, a cache line
 
 
@@ -98,9 +97,8 @@ def plan_of(engine: Engine, request: DispatchRequest) -> Plan:
     )  # fmt: skip
     plan = engine.plans.get(key)
     if plan is None:
-        if len(engine.plans) >= _MOST_PLANS:
-            engine.plans.clear()
-        plan = engine.plans[key] = _Planner(engine, request).plan()
+        plan = _Planner(engine, request).plan()
+        engine.remember(key, plan)
     return plan
 
 

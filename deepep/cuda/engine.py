@@ -24,6 +24,7 @@ _SMEM_ATTRIBUTE = "CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"
 _SM_ATTRIBUTE = "CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT"
 DEFAULT_NUM_SMS = 24
 _ALIGNMENT = 256
+_MOST_PLANS = 256
 
 
 class Memory(Protocol):
@@ -59,7 +60,7 @@ class Engine:
         device: index of the CUDA device.
         ranks_per_gpu: ranks that share it; they divide its multiprocessors.
         timeout: longest wait for a peer, seconds.
-        plans: of dispatches, by shape.
+        plans: of dispatches and combines, by shape; for as many shapes as `remember` keeps.
     """
 
     memory: Memory
@@ -99,6 +100,12 @@ class Engine:
     def num_sms(self, wanted: int) -> int:
         """Multiprocessors to use: never more than this rank's share, since kernels that wait must all be resident."""
         return max(1, min(wanted or DEFAULT_NUM_SMS, self.most_sms))
+
+    def remember(self, key: Any, plan: Any) -> None:
+        """Keep a plan, and not ever more of them."""
+        if len(self.plans) >= _MOST_PLANS:
+            self.plans.clear()
+        self.plans[key] = plan
 
     def prepare(self, window: Window, num_experts: int) -> None:
         """Fill in what differs between calls: scratch memory and the ticket that marks this call's host words."""
