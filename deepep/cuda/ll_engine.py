@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -29,7 +29,40 @@ from deepep.quant import FP8_DTYPE, GROUP_SIZE, SfFormat
 
 _SF_CODES = {None: 0, SfFormat.FLOAT32: 1, SfFormat.POW2: 2, SfFormat.UE8M0: 3}
 _STATE_ALIGNMENT = 16  # int32 elements
+_MOST_PLANS = 256
 _MIN_TEAM, _MAX_TEAM = 128, ll_structs.NUM_THREADS
+
+
+class StateParts(NamedTuple):
+    """Where the parts of a dispatch's block begin, in int32 words; epoch and headers come first."""
+
+    home_topk: int
+    routes: int
+    route_weights: int
+    layout_range: int
+    src_info: int
+    recv_count: int
+    end: int
+
+    @classmethod
+    def divide(cls, shape: Shape, num_tokens: int) -> StateParts:
+        """Divide the block of a dispatch of T tokens, each part at a multiple of 64 bytes."""
+        room = shape.num_ranks * shape.num_max_tokens
+        choices, num_local = room * shape.num_topk, shape.num_local_experts
+        places = [_STATE_ALIGNMENT + ll_structs.MAX_RANKS]
+        for size in (
+            num_tokens * shape.num_topk, choices, choices, 2 * num_local * shape.num_ranks, num_local * room, num_local,
+        ):  # fmt: skip
+            places.append(places[-1] + _aligned(size))
+        return cls(*places)
+
+
+class DispatchPlan(NamedTuple):
+    """What dispatches of as many tokens have in common: the grid, threads per team, and the block's division."""
+
+    num_blocks: int
+    team: int
+    parts: StateParts
 
 
 class Window(Protocol):
@@ -50,37 +83,37 @@ class LlRouting:
 
     Attributes:
         state: int32 words: epoch of the call, headers of the sources, `topk_idx` as sent, rows and weights of choices.
+            One allocation serves these and the small outputs, which are views of it: the handle holds most of them,
+            and they are small beside the rows, so nobody minds that they live together.
+        parts: where in it each of them is.
         shape: the sizes it was made with.
         num_tokens: T.
         sent: identity of (topk_idx, topk_weights) whose weights travelled with dispatch, or None.
     """
 
     state: torch.Tensor
+    parts: StateParts
     shape: Shape
     num_tokens: int
     sent: tuple[tuple[int, int], tuple[int, int]] | None
 
     def address(self, common: LlCommon) -> None:
         """Point the kernels' arguments to the parts of `state`."""
-        shape = self.shape
-        choices = shape.num_ranks * shape.num_max_tokens * shape.num_topk
+        parts = self.parts
         common.call_epoch = at = self.state.data_ptr()
         common.sources = at + 4 * _STATE_ALIGNMENT
-        common.home_topk = at = common.sources + 4 * ll_structs.MAX_RANKS
-        common.routes = at = at + 4 * _aligned(self.num_tokens * shape.num_topk)
-        common.route_weights = at + 4 * _aligned(choices)
+        common.home_topk = at + 4 * parts.home_topk
+        common.routes = at + 4 * parts.routes
+        common.route_weights = at + 4 * parts.route_weights
 
     @classmethod
-    def make(cls, request: DispatchRequest, shape: Shape) -> LlRouting:
+    def make(cls, request: DispatchRequest, shape: Shape, parts: StateParts) -> LlRouting:
         """Allocate for one dispatch."""
-        num_tokens = request.x.shape[0]
-        choices = shape.num_ranks * shape.num_max_tokens * shape.num_topk
-        num_words = _STATE_ALIGNMENT + ll_structs.MAX_RANKS + _aligned(num_tokens * shape.num_topk)
-        state = torch.empty(num_words + 2 * _aligned(choices), dtype=torch.int32, device=request.x.device)
+        state = torch.empty(parts.end, dtype=torch.int32, device=request.x.device)
         sent = None
         if request.topk_weights is not None and request.topk_idx is not None:
             sent = (_identity(request.topk_idx), _identity(request.topk_weights))
-        return cls(state, shape, num_tokens, sent)
+        return cls(state, parts, shape, request.x.shape[0], sent)
 
 
 def _aligned(num_words: int) -> int:
@@ -166,6 +199,7 @@ class LowLatencyEngine:
         self._combine_args = LlCombineArgs(common=self._common)
         self._runtime = runtime()
         self._empty: dict[int, torch.Tensor] = {}
+        self._plans: dict[tuple[int, int, bool], DispatchPlan] = {}
 
     def clean(self, with_barrier: bool) -> None:
         """Bring the window's words and epochs back to their first state, on the current stream."""
@@ -179,49 +213,60 @@ class LowLatencyEngine:
 
     def dispatch(self, request: DispatchRequest) -> DispatchResult:
         """Serve a padded dispatch request."""
-        shape, x = self.shape, request.x
-        num_local, room = shape.num_local_experts, shape.num_ranks * shape.num_max_tokens
-        routing = LlRouting.make(request, shape)
-        dtype = x.dtype if request.sf_format is None else FP8_DTYPE
-        recv_x = torch.empty((num_local, room, shape.hidden), dtype=dtype, device=x.device)
-        recv_sf = (
-            None if request.sf_format is None else _empty_sf(request.sf_format, num_local, room, shape.hidden, x.device)
-        )
-        src_info = torch.empty((num_local, room), dtype=torch.int32, device=x.device)
-        layout_range = torch.empty((num_local, shape.num_ranks), dtype=torch.int64, device=x.device)
-        recv_count = torch.empty(num_local, dtype=torch.int32, device=x.device)
-        args = self._dispatch_args
+        shape, x, sf_format = self.shape, request.x, request.sf_format
+        num_ranks, num_local, hidden = shape.num_ranks, shape.num_local_experts, shape.hidden
+        room = num_ranks * shape.num_max_tokens
+        plan = self._dispatch_plan(x.shape[0], request.num_sms, sf_format)
+        parts = plan.parts
+        routing = LlRouting.make(request, shape, parts)
+        state, recv_sf = routing.state, None
+        dtype = x.dtype if sf_format is None else FP8_DTYPE
+        recv_x = torch.empty((num_local, room, hidden), dtype=dtype, device=x.device)
+        if sf_format is not None:
+            recv_sf = _empty_sf(sf_format, num_local, room, hidden, x.device)
+        args, at = self._dispatch_args, state.data_ptr()
         args.x, args.recv_x, args.recv_sf = x.data_ptr(), recv_x.data_ptr(), _pointer(recv_sf)
         args.topk_idx, args.topk_weights = _pointer(request.topk_idx), _pointer(request.topk_weights)
-        args.recv_count, args.src_info = recv_count.data_ptr(), src_info.data_ptr()
-        args.layout_range = layout_range.data_ptr()
+        args.recv_count, args.src_info = at + 4 * parts.recv_count, at + 4 * parts.src_info
+        args.layout_range = at + 4 * parts.layout_range
         args.recv_stats = _pointer(request.cumulative_local_expert_recv_stats)
-        args.sf_format = _SF_CODES[request.sf_format]
-        routing.address(args.common)
-        args.common.wait_stats = _pointer(request.wait_recv_cost_stats)
-        kernel = self._dispatch_kernel.handle
-        kept = (request, recv_x, recv_sf, recv_count, src_info, layout_range, routing)
+        args.sf_format = _SF_CODES[sf_format]
         common = args.common
-        if x.shape[0] <= shape.num_line_tokens:
-            row_vecs = shape.hidden // (8 if request.sf_format is None else 16)
-            num_blocks, common.team_threads = self._line_grid(kernel, x.shape[0], request.num_sms, row_vecs, False)
-        else:
-            num_blocks, common.team_threads = self._grid(kernel, x.shape[0], request.num_sms)
-        common.num_tokens = x.shape[0]
-        launch = _Launch(self, kernel, num_blocks, self._table_bytes, args, kept)
+        routing.address(common)
+        common.wait_stats = _pointer(request.wait_recv_cost_stats)
+        common.team_threads, common.num_tokens = plan.team, x.shape[0]
+        kernel, kept = self._dispatch_kernel.handle, (request, recv_x, recv_sf, routing)
+        launch = _Launch(self, kernel, plan.num_blocks, self._table_bytes, args, kept)
         finish = launch.start(request.split_phases)
         return DispatchResult(
             x=recv_x,
             sf=recv_sf,
             topk_idx=None,
             topk_weights=None,
-            num_recv_tokens_per_expert=recv_count,
+            num_recv_tokens_per_expert=state.as_strided((num_local,), (1,), parts.recv_count),
             num_recv_tokens_per_expert_list=[],
             routing=self._routing(request, routing),
-            src_info=src_info,
-            layout_range=layout_range,
+            src_info=state.as_strided((num_local, room), (room, 1), parts.src_info),
+            layout_range=state.view(torch.int64).as_strided(
+                (num_local, num_ranks), (num_ranks, 1), parts.layout_range // 2
+            ),
             finish=finish,
         )
+
+    def _dispatch_plan(self, num_tokens: int, num_sms: int, sf_format: SfFormat | None) -> DispatchPlan:
+        key = (num_tokens, num_sms, sf_format is None)
+        plan = self._plans.get(key)
+        if plan is None:
+            kernel, shape = self._dispatch_kernel.handle, self.shape
+            if num_tokens <= shape.num_line_tokens:
+                row_vecs = shape.hidden // (8 if sf_format is None else 16)
+                grid = self._line_grid(kernel, num_tokens, num_sms, row_vecs, False)
+            else:
+                grid = self._grid(kernel, num_tokens, num_sms)
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.clear()
+            plan = self._plans[key] = DispatchPlan(*grid, StateParts.divide(shape, num_tokens))
+        return plan
 
     def combine(self, request: CombineRequest, x: torch.Tensor) -> CombineResult:
         """Serve a combine request of padded rows `x` [L, R*M, H]."""
@@ -399,4 +444,5 @@ def _pointer(tensor: torch.Tensor | None) -> int:
 def _empty_sf(sf_format: SfFormat, num_local: int, room: int, hidden: int, device: torch.device) -> torch.Tensor:
     """Scale factors [L, R*M, n], the last two dimensions column-major."""
     num_sf = hidden // sf_format.hidden_multiple
-    return torch.empty((num_local, num_sf, room), dtype=sf_format.dtype, device=device).transpose(1, 2)
+    shape, strides = (num_local, room, num_sf), (num_sf * room, 1, room)
+    return torch.empty_strided(shape, strides, dtype=sf_format.dtype, device=device)
