@@ -130,12 +130,14 @@ class HandleTensors(NamedTuple):
 
 
 def handle_tensors(result: DispatchResult, num_scaleup_ranks: int) -> HandleTensors:
-    """Work out the counts of a fresh dispatch, on the device."""
+    """Work out, on the device, what counts of a fresh dispatch its backend has not."""
     counts = result.num_recv_tokens_per_expert
     if counts is None:
         raise TypeError("a fresh DispatchResult must hold num_recv_tokens_per_expert")
     alignment = result.routing.expert_alignment
-    if alignment == 1:
+    if result.psum_num_recv_tokens_per_expert is not None:
+        per_expert = result.psum_num_recv_tokens_per_expert
+    elif alignment == 1:
         per_expert = counts.cumsum(0, dtype=torch.int32)
     else:
         aligned = torch.div(counts + (alignment - 1), alignment, rounding_mode="floor") * alignment

@@ -205,6 +205,8 @@ __device__ void place_experts(const Operation& op, const DispatchArgs& args, con
                 base += counts[source * num_local + expert];
             }
             pointer<int32_t>(args.counts_out)[expert] = static_cast<int>(total);
+            const uint32_t aligned_end = start + inclusive;
+            pointer<uint32_t>(args.psum_experts)[expert] = args.is_expanded ? aligned_end - aligned + total : aligned_end;
             if (args.stats) pointer<int32_t>(args.stats)[expert] += static_cast<int>(total);
         }
         start += __shfl_sync(kFullMask, inclusive, kWarpSize - 1);

@@ -187,6 +187,8 @@ class DispatchResult:
         routing: for the handle; in a cached dispatch the one that came in.
         src_info: [L, R*M] int32 token number at its source; padded only.
         layout_range: [L, R] int64 `begin << 32 | count`; padded only.
+        psum_num_recv_tokens_per_expert: [L] int32, as the handle of `ElasticBuffer` holds it, where the backend's
+            kernels work it out anyway; None otherwise.
         finish: completes a dispatch with `split_phases`; None otherwise.
     """
 
@@ -200,6 +202,7 @@ class DispatchResult:
     rank_prefix_matrix: torch.Tensor | None = None
     src_info: torch.Tensor | None = None
     layout_range: torch.Tensor | None = None
+    psum_num_recv_tokens_per_expert: torch.Tensor | None = None
     finish: Callable[[], None] | None = None
 
 

@@ -75,7 +75,7 @@ class DispatchArgs(ctypes.Structure):
         ("sf_stride_token", ctypes.c_int64),
         ("sf_stride_column", ctypes.c_int64),
         *_u64("topk_idx", "topk_weights", "is_token_in_rank", "tokens_per_expert", "dst_rank", "dst_row"),
-        *_u64("rank_prefix_matrix", "psum_ranks", "counts_out", "stats", "wait_stats"),
+        *_u64("rank_prefix_matrix", "psum_ranks", "counts_out", "psum_experts", "stats", "wait_stats"),
         *_u64("recv_x", "recv_sf", "recv_topk_idx", "recv_topk_weights", "recv_src_token", "expanded_row"),
         *_u64("rows_offset", "sf_offset"),
         ("header", ctypes.c_uint32 * NUM_AGREED),

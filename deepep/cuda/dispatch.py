@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import NamedTuple
 
 import torch
 
@@ -18,8 +18,16 @@ from deepep.cuda.arguments import DispatchArgs
 from deepep.cuda.dispatch_plan import Plan, plan_of
 from deepep.cuda.engine import Counts, Engine
 
-# dst_rank, dst_row, psum of ranks, counts, rank prefix matrix.
-_Views: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+class _Outputs(NamedTuple):
+    """What notify writes."""
+
+    dst_rank: torch.Tensor
+    dst_row: torch.Tensor
+    psum: torch.Tensor
+    counts: torch.Tensor
+    psum_experts: torch.Tensor
+    matrix: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -100,14 +108,16 @@ class _Dispatch:
         src_token, expanded_row, idx = self._metadata_views(metadata, num_compact)
         if request.routing is not None:
             return DispatchResult(recv_x, recv_sf, idx, weights, None, [], request.routing)
-        dst_rank, dst_row, psum, counts, matrix = views or self._views(block)
+        outputs = views or self._views(block)
         routing = Routing(
             request.layout, request.num_experts, request.num_max_tokens_per_rank, request.expert_alignment,
-            num_compact, num_rows, request.topk_idx, dst_rank, dst_row, psum, src_token, expanded_row,
+            num_compact, num_rows, request.topk_idx, outputs.dst_rank, outputs.dst_row, outputs.psum, src_token,
+            expanded_row,
             Sent(self.engine.sent_counts(), plan.row_bytes) if plan.is_exact else None,
         )  # fmt: skip
         return DispatchResult(
-            recv_x, recv_sf, idx, weights, counts, aligned, routing, rank_prefix_matrix=matrix
+            recv_x, recv_sf, idx, weights, outputs.counts, aligned, routing, rank_prefix_matrix=outputs.matrix,
+            psum_num_recv_tokens_per_expert=outputs.psum_experts,
         )  # fmt: skip
 
     def _point_to_outputs(self) -> torch.Tensor:
@@ -118,6 +128,7 @@ class _Dispatch:
         address = block.data_ptr()
         args.dst_rank, args.dst_row = address, address + 4 * parts.dst_row
         args.psum_ranks, args.counts_out = address + 4 * parts.psum, address + 4 * parts.counts
+        args.psum_experts = address + 4 * parts.psum_experts
         if not plan.is_expanded:
             args.rank_prefix_matrix = address + 4 * parts.matrix
         self._point("topk_idx", request.topk_idx)
@@ -128,15 +139,16 @@ class _Dispatch:
             self._point("stats", request.cumulative_local_expert_recv_stats)
         return block
 
-    def _views(self, block: torch.Tensor) -> _Views:
+    def _views(self, block: torch.Tensor) -> _Outputs:
         """Give the outputs of notify as views of their block."""
         plan, parts, num_ranks = self.plan, self.plan.parts, self.engine.num_ranks
         shape, strides = (int(plan.args.num_tokens), plan.num_slots), (plan.num_slots, 1)
-        return (
+        return _Outputs(
             block.as_strided(shape, strides),
             block.as_strided(shape, strides, parts.dst_row),
             block.as_strided((num_ranks,), (1,), parts.psum),
             block.as_strided((plan.num_local_experts,), (1,), parts.counts),
+            block.as_strided((plan.num_local_experts,), (1,), parts.psum_experts),
             None if plan.is_expanded else block.as_strided((num_ranks, num_ranks), (num_ranks, 1), parts.matrix),
         )
 

@@ -29,6 +29,7 @@ class Parts(NamedTuple):
     dst_row: int
     psum: int
     counts: int
+    psum_experts: int
     matrix: int
     end: int
 
@@ -146,7 +147,7 @@ class _Planner:
         num_ranks = self.engine.num_ranks
         num_matrix = 0 if self.is_expanded else num_ranks * num_ranks
         places, at = [], 0
-        for size in (*(self.num_tokens * self.num_slots,) * 2, num_ranks, self.num_local, num_matrix):
+        for size in (*(self.num_tokens * self.num_slots,) * 2, num_ranks, self.num_local, self.num_local, num_matrix):
             at = kernels.align_up(at + size, _PART_ALIGNMENT)
             places.append(at)
         return Parts(*places)

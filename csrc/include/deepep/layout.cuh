@@ -105,6 +105,7 @@ struct DispatchArgs {
     uint64_t topk_idx, topk_weights, is_token_in_rank, tokens_per_expert;
     uint64_t dst_rank, dst_row;        // [T, S] i32
     uint64_t rank_prefix_matrix, psum_ranks, counts_out;  // [R, R], [R], [L] i32
+    uint64_t psum_experts;             // [L] i32: aligned start plus count if expanded, else the aligned end
     uint64_t stats, wait_stats;        // [L] i32, [R] i64 or 0
     uint64_t recv_x, recv_sf, recv_topk_idx, recv_topk_weights, recv_src_token, expanded_row;
     uint64_t rows_offset, sf_offset;   // of own published rows and scale factors, relative to the window
