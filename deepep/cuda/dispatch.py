@@ -16,7 +16,7 @@ from deepep.backends.base import DispatchRequest, DispatchResult, Routing
 from deepep.cuda import kernels
 from deepep.cuda.arguments import DispatchArgs
 from deepep.cuda.dispatch_plan import Plan, plan_of
-from deepep.cuda.engine import Counts, Engine
+from deepep.cuda.engine import Engine
 
 
 class _Outputs(NamedTuple):
@@ -58,6 +58,7 @@ class _Dispatch:
         self.args = DispatchArgs.from_buffer_copy(self.plan.args)
         self.device = request.x.device
         self.keep: list[torch.Tensor] = []
+        self.aligned: list[int] | None = None
 
     def run(self) -> DispatchResult:
         """Do it."""
@@ -99,7 +100,7 @@ class _Dispatch:
                 copies.copy_beside(target, source, num_bytes)
         # While the CPU would wait for notify, or else once everything is launched.
         views = self._views(block) if plan.is_exact else None
-        num_compact, num_rows, aligned = self._sizes()
+        num_compact, num_rows = self._sizes()
         recv_x, recv_sf = self._receive(num_rows, is_cleared=False)
         metadata, weights = self._receive_metadata(num_compact, num_rows)
         if copied:
@@ -109,6 +110,7 @@ class _Dispatch:
         if request.routing is not None:
             return DispatchResult(recv_x, recv_sf, idx, weights, None, [], request.routing)
         outputs = views or self._views(block)
+        aligned = self._aligned() if plan.is_exact else []
         routing = Routing(
             request.layout, request.num_experts, request.num_max_tokens_per_rank, request.expert_alignment,
             num_compact, num_rows, request.topk_idx, outputs.dst_rank, outputs.dst_row, outputs.psum, src_token,
@@ -152,15 +154,21 @@ class _Dispatch:
             None if plan.is_expanded else block.as_strided((num_ranks, num_ranks), (num_ranks, 1), parts.matrix),
         )
 
-    def _sizes(self) -> tuple[int, int, list[int]]:
-        """Give compact rows, rows of the result and aligned rows per expert, waiting for them where they are exact."""
+    def _sizes(self) -> tuple[int, int]:
+        """Give compact rows and rows of the result, waiting for them where they are exact."""
         plan, args = self.plan, self.args
         if not plan.is_exact:
-            return plan.num_compact_rows, plan.num_rows, []
-        found: Counts = self.engine.wait_counts(plan.num_local_experts, self.request.expert_alignment)
-        num_rows = sum(found.aligned) if plan.is_expanded else found.num_tokens
-        args.num_compact_rows, args.num_rows = found.num_tokens, num_rows
-        return found.num_tokens, num_rows, found.aligned
+            return plan.num_compact_rows, plan.num_rows
+        num_compact = self.engine.wait_counts()
+        num_rows = sum(self._aligned()) if plan.is_expanded else num_compact
+        args.num_compact_rows, args.num_rows = num_compact, num_rows
+        return num_compact, num_rows
+
+    def _aligned(self) -> list[int]:
+        """Aligned rows per expert, of an exact dispatch whose counts are there."""
+        if self.aligned is None:
+            self.aligned = self.engine.aligned_counts(self.plan.num_local_experts, self.request.expert_alignment)
+        return self.aligned
 
     def _copies(self) -> Iterator[tuple[int, int, int]]:
         """List what is to be copied into the window: target, source, bytes."""
@@ -173,15 +181,13 @@ class _Dispatch:
     def _notify(self) -> None:
         plan, args = self.plan, self.args
         args.cut = plan.notify_cut
-        threads = 32 * (args.num_walkers + plan.notify_cut.num_warps)
-        self.engine.launch(kernels.NOTIFY, plan.num_sms, threads, plan.notify_smem, args)
+        self.engine.launch(kernels.NOTIFY, plan.num_sms, plan.notify_threads, plan.notify_smem, args)
         args.cut = plan.args.cut
 
     def _fetch(self) -> None:
         plan = self.plan
         spec = kernels.DISPATCH_EXPANDED if plan.is_expanded else kernels.DISPATCH_COMPACT
-        threads = 32 * (plan.args.cut.num_warps + kernels.NUM_CLERK_WARPS)
-        self.engine.launch(spec, plan.num_sms, threads, plan.pull_smem, self.args)
+        self.engine.launch(spec, plan.num_sms, plan.pull_threads, plan.pull_smem, self.args)
 
     def _receive(self, num_rows: int, *, is_cleared: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Allocate payload and scale factors."""

@@ -57,6 +57,8 @@ class Plan:
         row_bytes: of one row on the way, scale factors included.
         copied: bytes of rows, and of scale factors, that are copied into the window before they are fetched.
         parts: of the block that holds what notify writes.
+        notify_threads: of a CTA of notify.
+        pull_threads: of a CTA of the kernel that fetches.
     """
 
     args: DispatchArgs
@@ -77,6 +79,8 @@ class Plan:
     row_bytes: int
     copied: tuple[int, int]
     parts: Parts
+    notify_threads: int
+    pull_threads: int
 
 
 def plan_of(engine: Engine, request: DispatchRequest) -> Plan:
@@ -140,7 +144,8 @@ class _Planner:
             self.num_topk, self.num_slots, self.num_local, self.is_cached, self.is_exact, self.is_expanded,
             num_compact, num_rows, quant.FP8_DTYPE if is_cast else request.x.dtype, sf_dtype,
             int(args.cut.row_bytes) + 4 * int(args.num_sf), self.copied,
-            self._parts(),
+            self._parts(), 32 * int(args.num_walkers + notify_cut.num_warps),
+            32 * int(args.cut.num_warps + kernels.NUM_CLERK_WARPS),
         )  # fmt: skip
 
     def _parts(self) -> Parts:

@@ -40,14 +40,6 @@ class Memory(Protocol):
         """Give the offset of a contiguous tensor inside own memory, or None."""
 
 
-@dataclass(frozen=True)
-class Counts:
-    """What the host learns from notify before it goes on: compact rows received, aligned rows per expert."""
-
-    num_tokens: int
-    aligned: list[int]
-
-
 @dataclass
 class Engine:
     """Kernels, window and status page of one backend; what dispatch and combine have in common.
@@ -129,26 +121,34 @@ class Engine:
             handle = self._handles[spec.name] = kernel.handle
         self._launch(handle, num_sms, num_threads, smem, current_stream(self.device), ctypes.addressof(args))
 
-    def wait_counts(self, num_local_experts: int, alignment: int) -> Counts:
-        """Wait, without the GIL, until notify has written this call's counts; raise what went wrong instead."""
+    def wait_counts(self) -> int:
+        """Wait, without the GIL, until notify has written this call's counts; raise what went wrong instead.
+
+        Returns:
+            Compact rows received. The other counts can be read until the next notify.
+        """
         ready = self._ticket << 32 | 1
         # The kernel gives up by itself; the host only needs to outlast it.
         self._wait_word(self.words.host_address + 8 * HostWord.READY, ready, self.timeout + 10.0)
-        words, num_ranks = self.words.host, self.num_ranks
+        words = self.words.host
         if int(words[HostWord.CODE]):
             self.barrier_launch(is_close=True)
             self.status.raise_error()
         if int(words[HostWord.READY]) != ready:
             torch.cuda.current_stream(self.device).synchronize()
             self.status.raise_error()
-        first = HostWord.MISSING + num_ranks
-        counts = self._values(first + 1 + num_ranks, num_local_experts)
+        return int(words[HostWord.MISSING + self.num_ranks]) & 0xFFFFFFFF
+
+    def aligned_counts(self, num_local_experts: int, alignment: int) -> list[int]:
+        """Give the rows received for each local expert, aligned, after `wait_counts`."""
+        counts = self._values(HostWord.MISSING + 2 * self.num_ranks + 1, num_local_experts)
         if alignment > 1:
             counts = (counts + (alignment - 1)) // alignment * alignment
-        return Counts(int(words[first]) & 0xFFFFFFFF, counts.tolist())
+        aligned: list[int] = counts.tolist()
+        return aligned
 
     def sent_counts(self) -> tuple[int, ...]:
-        """Give the rows that this rank sent to each rank, once `wait_counts` is over and until the next notify."""
+        """Give the rows that this rank sent to each rank, after `wait_counts`."""
         return tuple(self._values(HostWord.MISSING + self.num_ranks + 1, self.num_ranks).tolist())
 
     def _values(self, first: int, number: int) -> np.ndarray:
