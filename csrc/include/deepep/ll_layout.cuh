@@ -1,4 +1,4 @@
-// What the host hands to the low-latency kernels; deepep/cuda/ll_engine.py mirrors it field by field.
+// What the host hands to the low-latency kernels; deepep/cuda/ll_structs.py mirrors it field by field.
 #pragma once
 
 #include <deepep/types.cuh>

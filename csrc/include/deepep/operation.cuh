@@ -207,7 +207,7 @@ struct Operation {
             for (uint32_t peer = threadIdx.x; peer < window.num_ranks; peer += blockDim.x) {
                 transport.release_signal(peer, window.done + window.rank * 8, make_word(epoch, 0));
             }
-            if (has_readers) {
+            if (has_readers && !failed()) {
                 for (uint32_t peer = threadIdx.x; peer < window.num_ranks; peer += blockDim.x) {
                     wait(reinterpret_cast<const uint64_t*>(transport.local(window.done + peer * 8)), epoch, 0, peer);
                 }
