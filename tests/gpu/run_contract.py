@@ -32,7 +32,7 @@ def larger_cases(num_ranks: int) -> dict[str, Case]:
         "k64": replace(wide, num_topk=64, pattern="uniform"),
         "many": replace(many, num_tokens=tuple(2100 - 613 * (rank % 3) for rank in range(num_ranks))),
         "many_fp8": replace(many, dtype=torch.float8_e4m3fn, num_sf=8),
-        "laps": replace(many, hidden=16384, num_tokens=(1100,) * num_ranks, num_max_tokens_per_rank=1100),
+        "laps": replace(many, hidden=16384, num_tokens=(700,) * num_ranks, num_max_tokens_per_rank=700),
     }
 
 
@@ -196,7 +196,7 @@ def _run_jobs(num_ranks: int, jobs: list[Any], target: Target, seconds: float, m
             if (time.monotonic() - started > seconds or failed >= most_failures) and run not in (run_faults, run_graph):
                 continue
             try:
-                reasons = workers.run(run, check, case, target, timeout=40.0)
+                reasons = workers.run(run, check, case, target, timeout=120.0)
             except Exception as error:  # noqa: BLE001 (whatever a rank raises is a finding)
                 failed += 1
                 print(f"R={num_ranks} FAILED {check}-{case}: {type(error).__name__}: {str(error)[:1500]}", flush=True)

@@ -199,6 +199,7 @@ struct Operation {
     // rank's window; as soon as the kernel is over, anything may be written there.
     __device__ void leave(bool closes, bool has_readers) const {
         __shared__ uint32_t is_last;
+        __syncwarp();  // lanes may come from loops of different lengths, and a barrier takes whole warps
         __syncthreads();
         if (threadIdx.x == 0) is_last = add_acq_rel_gpu(&control->exits, 1) == gridDim.x - 1;
         __syncthreads();

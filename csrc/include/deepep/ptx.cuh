@@ -53,6 +53,7 @@ __device__ __forceinline__ Vec16 load_stream(const Vec16* address) {
 
 // Some of the CTA's warps, by one of its 16 barriers; num_threads is a multiple of 32.
 __device__ __forceinline__ void sync_threads(uint32_t barrier, uint32_t num_threads) {
+    __syncwarp();  // the barrier takes whole warps
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
 }
 
