@@ -1,7 +1,8 @@
 """Everything that two GPUs of one host can show, in one command of under ten minutes.
 
     python benchmarks/two_gpus.py --out benchmarks/results/h200-x2.json
-    python benchmarks/two_gpus.py --table benchmarks/results/h200-x2.json     # print the file as Markdown
+    python benchmarks/two_gpus.py --table benchmarks/results/h200-x2.json                          # print as Markdown
+    python benchmarks/two_gpus.py --table benchmarks/results/h200-x2.json --plot docs/h200-x2.png  # and draw the sweep
 
 Ceilings of the link; the contract with a rank per GPU; whole operations against NCCL on the same bytes; low latency; a
 sweep over multiprocessors; at last, under MPS, the contract with eight ranks on the two GPUs. Every step ends at its
@@ -95,14 +96,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file to write, again after each step")
     parser.add_argument("--table", type=Path, help="print this file as Markdown instead of running anything")
+    parser.add_argument("--plot", type=Path, help="draw the sweep over multiprocessors to this file, too")
     parser.add_argument("--backend", nargs="+", default=["ipc"])
     parser.add_argument("--only", nargs="*", default=[], help="steps whose name begins with one of these")
     parser.add_argument("--commit", default=None, help="to note in the file; default: what git says")
     options = parser.parse_args()
+    report: dict[str, Any]
     if options.table:
-        print(markdown(json.loads(options.table.read_text())))
+        report = json.loads(options.table.read_text())
+        print(markdown(report))
+        if options.plot:
+            plot_sweep(options.plot, report)
         return 0
-    report: dict[str, Any] = {"commit": options.commit or _commit(), "steps": [], "runs": []}
+    report = {"commit": options.commit or _commit(), "steps": [], "runs": []}
     os.environ.update(MULTICAST_OFF)
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(Workers(2, device="cuda")) as workers:
         for backend in options.backend:
@@ -112,6 +118,8 @@ def main() -> int:
                     if options.out:
                         options.out.write_text(json.dumps(report, indent=1) + "\n")
     print(markdown(report))
+    if options.plot:
+        plot_sweep(options.plot, report)
     return int(any(done["exit_status"] for done in report["steps"]))
 
 
@@ -134,7 +142,7 @@ def _measure(name: str, plan: Plan, workers: Workers, limit: float, report: dict
     except Exception as error:  # noqa: BLE001  whatever a rank raises is noted, and the next step runs
         print(f"{type(error).__name__}: {error}", flush=True)
         return 1
-    report["runs"].append({"step": name, **as_json(plan, found, summarise(found))})
+    report["runs"].append({"step": name, **as_json(plan, found, summarise(found)), "commit": report["commit"]})
     return 0
 
 
@@ -210,6 +218,29 @@ def _line(row: dict[str, Any]) -> str:
     cells = [row["op"], row["routing"], str(row["num_sms"] or "auto"), *(number(row[clock]) for clock in CLOCKS)]
     cells += [number(row["remote_bytes_per_second"] / 1e9, 0), number(row["ratio_to_floor"], 2), number(row["bare_us"])]
     return "| " + " | ".join(cells) + " |"
+
+
+def plot_sweep(path: Path, report: dict[str, Any]) -> None:
+    """Draw time over multiprocessors: a line per operation, and the floor of the link."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    sweeps = [run for run in report["runs"] if run["step"].startswith("sweep") and "results" in run]
+    figure, all_axes = plt.subplots(1, max(len(sweeps), 1), figsize=(6.5 * max(len(sweeps), 1), 4.5), squeeze=False)
+    for axes, run in zip(all_axes[0], sweeps, strict=False):
+        for op in dict.fromkeys(row["op"] for row in run["results"] if row["op"] != "layout"):
+            rows = [row for row in run["results"] if row["op"] == op]
+            best = [min(row[clock] for clock in ("events_us", "replay_us") if row[clock]) for row in rows]
+            axes.plot([row["num_sms"] for row in rows], best, marker="o", label=op)
+            if rows[0]["floor_us"]:
+                axes.axhline(rows[0]["floor_us"], color="black", linewidth=0.5)
+        axes.set(xscale="log", yscale="log", xlabel="multiprocessors", ylabel="us", title=run["step"])
+        axes.set_xticks([row["num_sms"] for row in rows], [str(row["num_sms"]) for row in rows])
+        axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":

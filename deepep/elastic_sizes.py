@@ -123,7 +123,7 @@ def buffer_size_hint(
     num_ranks: int, num_max_tokens_per_rank: int, hidden: int, num_topk: int, use_fp8_dispatch: bool,
     allow_multiple_reduction: bool,
 ) -> int:  # fmt: skip
-    """Give the bytes of a window that holds whichever is larger: what every rank sends here, or what combine brings.
+    """Give the bytes of a window that two ranks' rows go through at once, and every rank's routing.
 
     Args:
         num_ranks: R.
@@ -144,10 +144,13 @@ def buffer_size_hint(
     num_topk = num_topk or DEFAULT_NUM_TOPK
     row_bytes = align(2 * hidden, 32)
     sent_bytes = align(hidden, 32) + align(4 * -(-hidden // 128), 32) if use_fp8_dispatch else row_bytes
-    # Beside each row: top-k numbers and weights, the source, and where its expanded copies go.
-    sent_bytes += align(num_topk * (8 + 4) + (1 + num_topk) * 4, 32)
-    num_returned = min(num_ranks, num_topk) if allow_multiple_reduction else num_topk
-    num_bytes = num_max_tokens_per_rank * max(num_ranks * sent_bytes, num_returned * row_bytes)
+    # Rows travel through rings: more ranks make them shorter, not the window larger.
+    num_at_once = min(num_ranks, 2)
+    num_returned = 1 if allow_multiple_reduction else min(num_topk, 2)
+    payload = num_at_once * max(sent_bytes, num_returned * row_bytes)
+    # Beside each row of every rank, for two operations: top-k numbers and weights, the source, its expanded copies.
+    beside = 2 * num_ranks * align(num_topk * (8 + 4) + (1 + num_topk) * 4, 32)
+    num_bytes = num_max_tokens_per_rank * (payload + beside)
     return align(num_bytes, SIZE_ALIGNMENT)
 
 
