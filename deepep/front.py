@@ -192,15 +192,15 @@ class Front:
         backend = self._alive(op)
         device = "cuda" if x.is_cuda else x.device.type
         if device not in self._devices:
-            raise UnsupportedOperation(
-                f"{op}: backend '{backend.name}' does not work on {device} tensors (only "
-                f"{', '.join(sorted(self._devices))}); use backend='reference', which takes both"
-            )
-        if layout not in self._layouts:
-            raise UnsupportedOperation(
-                f"{op}: backend '{backend.name}' has no {layout.value} rows; use backend='reference'"
-            )
-        return backend
+            only = ", ".join(sorted(self._devices))
+            problem = f"does not work on {device} tensors (only {only}); use backend='reference', which takes both"
+        elif layout not in self._layouts:
+            problem = f"has no {layout.value} rows; use backend='reference'"
+        else:
+            return backend
+        unsupported = UnsupportedOperation(f"{op}: backend '{backend.name}' {problem}")
+        _refuse(backend, op, unsupported)
+        raise unsupported
 
     def _run(
         self,
@@ -246,7 +246,7 @@ class _Checking:
             raise refused from error
 
 
-def _refuse(backend: Backend, op: str, error: InvalidArgument) -> None:
+def _refuse(backend: Backend, op: str, error: DeepEPError) -> None:
     try:
         backend.refuse(op, error)
     except DeepEPError as unreached:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from deepep.errors import InvalidArgument, UnsupportedOperation
+from deepep.errors import DeepEPError, UnsupportedOperation
 from deepep.records import quickly_made
 
 if TYPE_CHECKING:
@@ -318,7 +318,7 @@ class Backend(abc.ABC):
     def destroy(self) -> None:
         """Release everything; may be called twice; never waits for another rank and never raises."""
 
-    def refuse(self, op: str, error: InvalidArgument) -> None:  # noqa: B027 - doing nothing is a valid answer
+    def refuse(self, op: str, error: DeepEPError) -> None:  # noqa: B027 - doing nothing is a valid answer
         """Tell the peers that this rank will not take part in `op`, so that they raise the same error.
 
         A backend that cannot do so leaves its peers to their timeout, which then names this rank.

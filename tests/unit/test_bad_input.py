@@ -131,6 +131,26 @@ def refuse(group: Any, name: str) -> list[Outcome]:
     return outcomes
 
 
+def test_what_one_rank_cannot_do_is_refused_on_every_rank(workers: Workers) -> None:
+    (kind, text), (own_kind, own_text) = workers.run(ask_for_too_much)
+    assert (kind, own_kind) == ("InvalidArgument", "UnsupportedOperation")
+    assert_says(own_text, "dispatch: backend 'reference' does not work on cpu tensors")
+    assert text.endswith(f"rank 1 refused: {own_text}")
+
+
+def ask_for_too_much(group: Any) -> Outcome:
+    """Rank 1's backend takes no CPU tensors, as one for GPUs would not; afterwards a good call goes through."""
+    scene = Scene(deepep.Buffer(group, backend="reference", timeout=20))
+    devices = scene.buffer._devices
+    if group.rank() == 1:
+        scene.buffer._devices = frozenset({"cuda"})
+    outcome = attempt(scene.dispatch)
+    scene.buffer._devices = devices
+    scene.dispatch()
+    scene.buffer.destroy()
+    return outcome
+
+
 # name -> (what rank 1 does, what both are told)
 DISAGREEMENTS: dict[str, tuple[Callable[[Scene], Any], str]] = {
     "hidden": (lambda s: s.dispatch(x=torch.ones(T, 2 * H, dtype=BF16)), "hidden.*128.*256"),

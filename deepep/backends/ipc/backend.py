@@ -120,7 +120,7 @@ class IpcBackend(Backend):
             memory.close()
             engine.close()
 
-    def refuse(self, op: str, error: InvalidArgument) -> None:
+    def refuse(self, op: str, error: DeepEPError) -> None:
         """Take part in the peers' operation, only to say no."""
         if not op.startswith("low_latency"):
             self._engine.barrier_launch(is_refusal=True)

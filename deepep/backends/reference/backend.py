@@ -23,7 +23,7 @@ from deepep.backends.reference.combine import combine
 from deepep.backends.reference.dispatch import dispatch
 from deepep.backends.reference.notify import Notice, notify
 from deepep.backends.reference.pool import row_pool
-from deepep.errors import InvalidArgument
+from deepep.errors import DeepEPError, InvalidArgument
 from deepep.group import Group
 from deepep.topology import Topology
 
@@ -72,7 +72,7 @@ class ReferenceBackend(Backend):
         self._combine_buffers.clear()
         row_pool.clear()
 
-    def refuse(self, op: str, error: InvalidArgument) -> None:
+    def refuse(self, op: str, error: DeepEPError) -> None:
         """Take part in the exchange of notices, only to say no."""
         notify(self.group, Notice(op, {}, refusal=str(error)), self.options.timeout, self.masked)
 
