@@ -58,7 +58,7 @@ __device__ void combine(const CombineArgs& args) {
         pointer<int64_t>(args.wait_stats)[threadIdx.x] += static_cast<int64_t>((global_timer_ns() - start) / 1000);
     }
     op.compare_headers(header);
-    if (!op.failed()) {
+    if (!op.has_failed()) {
         find_owners<kSums>(op, args, header, owners, &least_ring);
         const uint32_t row_vecs = args.cut.row_bytes / sizeof(Vec16);
         if (warp < args.cut.num_stage_warps) {

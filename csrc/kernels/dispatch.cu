@@ -152,7 +152,7 @@ __device__ void dispatch(const DispatchArgs& args) {
     const uint32_t warp = warp_index(), num_stagers = args.cut.num_stage_warps, num_warps = args.cut.num_warps;
     const uint32_t* expert_base = pointer<const uint32_t>(op.window.scratch);
     WarpPipe::init(barriers);
-    if (!op.failed() && find_sources(op, args, sources, header, first_row, &num_passes)) {
+    if (!op.has_failed() && find_sources(op, args, sources, header, first_row, &num_passes)) {
         WarpPipe pipe(shared + warp * args.cut.slots_per_warp * args.cut.slot_bytes, barriers, warp % kMaxWarps, args.cut);
         if (warp >= num_warps) {
             if (!args.is_cached) {

@@ -143,7 +143,7 @@ __device__ bool receive_counts(const Operation& op, const DispatchArgs& args, ui
         pointer<int64_t>(args.wait_stats)[team.index] += static_cast<int64_t>((global_timer_ns() - start) / 1000);
     }
     op.compare_headers(header);
-    if (op.failed()) return false;
+    if (op.has_failed()) return false;
     for (uint32_t i = team.index; i < num_ranks * (num_ranks + num_local); i += team.size) {
         const bool is_matrix = i < num_ranks * num_ranks;
         const uint32_t j = is_matrix ? i : i - num_ranks * num_ranks, width = is_matrix ? num_ranks : num_local;
@@ -162,7 +162,7 @@ __device__ bool receive_counts(const Operation& op, const DispatchArgs& args, ui
         if (arriving > room) op.fail(kOverflow, 0, receiver, arriving, room);
     }
     team.sync();
-    if (op.failed()) return false;
+    if (op.has_failed()) return false;
     for (uint32_t receiver = team.index; receiver < num_ranks; receiver += team.size) {
         uint32_t running = 0;
         for (uint32_t source = 0; source < num_ranks; ++source) {

@@ -7,7 +7,9 @@
 
 namespace deepep {
 
-// Threads of a CTA that work together: whole warps, with a barrier of their own.
+constexpr uint32_t kMostTeams = 3;
+
+// Threads of a CTA that work together: whole warps, with a barrier of their own, below kMostTeams.
 struct Team {
     uint32_t index, size, barrier;
 
@@ -69,6 +71,16 @@ struct Operation {
     }
 
     __device__ bool failed() const { return *reinterpret_cast<volatile uint32_t*>(&control->error) != kOk; }
+
+    // The same answer for the whole team, which meets here: what follows may have barriers.
+    __device__ bool has_failed() const {
+        __shared__ uint32_t answers[kMostTeams];
+        if (team.index == 0) answers[team.barrier] = failed();
+        team.sync();
+        const bool answer = answers[team.barrier] != 0;
+        team.sync();
+        return answer;
+    }
 
     __device__ void host_word(int index, uint32_t value) const {
         store_relaxed_sys(pointer<uint64_t>(window.host) + index, make_word(window.ticket, value));
