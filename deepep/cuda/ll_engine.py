@@ -23,38 +23,14 @@ from deepep.backends.base import (
 )
 from deepep.cuda import driver, jit, ll_structs
 from deepep.cuda.launch import runtime
+from deepep.cuda.ll_grid import MAX_TEAM, Grids
+from deepep.cuda.ll_state import LlRouting, StateParts, identity
 from deepep.cuda.ll_structs import Division, LlCleanArgs, LlCombineArgs, LlCommon, LlDispatchArgs, LlShape, Shape
 from deepep.errors import InvalidArgument
 from deepep.quant import FP8_DTYPE, GROUP_SIZE, SfFormat
 
 _SF_CODES = {None: 0, SfFormat.FLOAT32: 1, SfFormat.POW2: 2, SfFormat.UE8M0: 3}
-_STATE_ALIGNMENT = 16  # int32 elements
 _MOST_PLANS = 256
-_MIN_TEAM, _MAX_TEAM = 128, ll_structs.NUM_THREADS
-
-
-class StateParts(NamedTuple):
-    """Where the parts of a dispatch's block begin, in int32 words; epoch and headers come first."""
-
-    home_topk: int
-    routes: int
-    route_weights: int
-    layout_range: int
-    src_info: int
-    recv_count: int
-    end: int
-
-    @classmethod
-    def divide(cls, shape: Shape, num_tokens: int) -> StateParts:
-        """Divide the block of a dispatch of T tokens, each part at a multiple of 64 bytes."""
-        room = shape.num_ranks * shape.num_max_tokens
-        choices, num_local = room * shape.num_topk, shape.num_local_experts
-        places = [_STATE_ALIGNMENT + ll_structs.MAX_RANKS]
-        for size in (
-            num_tokens * shape.num_topk, choices, choices, 2 * num_local * shape.num_ranks, num_local * room, num_local,
-        ):  # fmt: skip
-            places.append(places[-1] + _aligned(size))
-        return cls(*places)
 
 
 class DispatchPlan(NamedTuple):
@@ -75,54 +51,6 @@ class Window(Protocol):
     @property
     def base(self) -> int:
         """Address of this rank's first byte."""
-
-
-@dataclass(frozen=True)
-class LlRouting:
-    """What a dispatch leaves for its second phase and its combines; all of it on the device.
-
-    Attributes:
-        state: int32 words: epoch of the call, headers of the sources, `topk_idx` as sent, rows and weights of choices.
-            One allocation serves these and the small outputs, which are views of it: the handle holds most of them,
-            and they are small beside the rows, so nobody minds that they live together.
-        parts: where in it each of them is.
-        shape: the sizes it was made with.
-        num_tokens: T.
-        sent: identity of (topk_idx, topk_weights) whose weights travelled with dispatch, or None.
-    """
-
-    state: torch.Tensor
-    parts: StateParts
-    shape: Shape
-    num_tokens: int
-    sent: tuple[tuple[int, int], tuple[int, int]] | None
-
-    def address(self, common: LlCommon) -> None:
-        """Point the kernels' arguments to the parts of `state`."""
-        parts = self.parts
-        common.call_epoch = at = self.state.data_ptr()
-        common.sources = at + 4 * _STATE_ALIGNMENT
-        common.home_topk = at + 4 * parts.home_topk
-        common.routes = at + 4 * parts.routes
-        common.route_weights = at + 4 * parts.route_weights
-
-    @classmethod
-    def make(cls, request: DispatchRequest, shape: Shape, parts: StateParts) -> LlRouting:
-        """Allocate for one dispatch."""
-        state = torch.empty(parts.end, dtype=torch.int32, device=request.x.device)
-        sent = None
-        if request.topk_weights is not None and request.topk_idx is not None:
-            sent = (_identity(request.topk_idx), _identity(request.topk_weights))
-        return cls(state, parts, shape, request.x.shape[0], sent)
-
-
-def _aligned(num_words: int) -> int:
-    return -(-num_words // _STATE_ALIGNMENT) * _STATE_ALIGNMENT
-
-
-def _identity(tensor: torch.Tensor) -> tuple[int, int]:
-    """Where a tensor's values are and how often they were changed; not looked at on the device, which would wait."""
-    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
 
 
 @dataclass(frozen=True)
@@ -159,17 +87,7 @@ class LowLatencyEngine:
         self._dispatch_kernel = jit.load(ll_structs.DISPATCH, device)
         self._combine_kernel = jit.load(ll_structs.COMBINE, device)
         self._clean_kernel = jit.load(ll_structs.CLEAN, device)
-        self._table_bytes = 4 * shape.num_experts
-        if self._table_bytes > 48 << 10:
-            self._dispatch_kernel.set_max_smem(self._table_bytes)
-        self._keeps_own = self._prepare_own_sums()
-        self._max_blocks = {
-            kernel.handle: self._resident_blocks(kernel, smem, settings.ranks_per_gpu)
-            for kernel, smem in (
-                (self._dispatch_kernel, self._table_bytes),
-                (self._combine_kernel, self._own_bytes(_MIN_TEAM) if self._keeps_own else 0),
-            )
-        }
+        self._grids = Grids(shape, device, settings.ranks_per_gpu, self._dispatch_kernel, self._combine_kernel)
         self._common = LlCommon(
             peer_table=window.peer_table,
             own_base=window.base,
@@ -236,7 +154,7 @@ class LowLatencyEngine:
         common.wait_stats = _pointer(request.wait_recv_cost_stats)
         common.team_threads, common.num_tokens = plan.team, x.shape[0]
         kernel, kept = self._dispatch_kernel.handle, (request, recv_x, recv_sf, routing)
-        launch = _Launch(self, kernel, plan.num_blocks, self._table_bytes, args, kept)
+        launch = _Launch(self, kernel, plan.num_blocks, self._grids.table_bytes, args, kept)
         finish = launch.start(request.split_phases)
         return DispatchResult(
             x=recv_x,
@@ -260,9 +178,9 @@ class LowLatencyEngine:
             kernel, shape = self._dispatch_kernel.handle, self.shape
             if num_tokens <= shape.num_line_tokens:
                 row_vecs = shape.hidden // (8 if sf_format is None else 16)
-                grid = self._line_grid(kernel, num_tokens, num_sms, row_vecs, False)
+                grid = self._grids.lines(kernel, num_tokens, num_sms, row_vecs, False)
             else:
-                grid = self._grid(kernel, num_tokens, num_sms)
+                grid = self._grids.usual(kernel, num_tokens, num_sms)
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.clear()
             plan = self._plans[key] = DispatchPlan(*grid, StateParts.divide(shape, num_tokens))
@@ -286,7 +204,7 @@ class LowLatencyEngine:
         # Between two launches the caller may change x, so then its own sums travel like the others. So they do as
         # lines: blocks that wait for other rows anyway would make them later than blocks of their own do.
         args.keeps_own = keeps_own = int(
-            self._keeps_own and not is_per_copy and not is_lined and not request.split_phases
+            self._grids.keeps_own and not is_per_copy and not is_lined and not request.split_phases
         )
         common = args.common
         routing.address(common)
@@ -296,16 +214,16 @@ class LowLatencyEngine:
         args.debt_parts = args.home_parts = 1
         if is_lined:
             row_vecs = self.shape.hidden // 8
-            num_blocks, team = self._line_grid(kernel, routing.num_tokens, request.num_sms, row_vecs, True)
+            num_blocks, team = self._grids.lines(kernel, routing.num_tokens, request.num_sms, row_vecs, True)
             # Ranks need not agree on these: a line does not tell who sent it.
-            most, num_teams = -(-row_vecs // team), num_blocks * (_MAX_TEAM // team)
+            most, num_teams = -(-row_vecs // team), num_blocks * (MAX_TEAM // team)
             num_rows = max(routing.num_tokens, 1)
             args.debt_parts = max(1, min(most, num_teams // (num_rows * self.shape.num_ranks)))
             args.home_parts = max(1, min(most, num_teams // num_rows))
         else:
-            num_blocks, team = self._grid(kernel, routing.num_tokens, request.num_sms)
+            num_blocks, team = self._grids.usual(kernel, routing.num_tokens, request.num_sms)
         common.team_threads = team
-        smem = self._own_bytes(team) if keeps_own else 0
+        smem = self._grids.own_bytes(team) if keeps_own else 0
         launch = _Launch(self, kernel, num_blocks, smem, args, (request, x, out, epoch))
         return CombineResult(out, None, launch.start(request.split_phases))
 
@@ -323,7 +241,7 @@ class LowLatencyEngine:
             routing.sent,
             strict=True,
         ):
-            if tensor is None or _identity(tensor) != sent:
+            if tensor is None or identity(tensor) != sent:
                 raise InvalidArgument(
                     f"{op}: {name} is not the unchanged tensor that low_latency_dispatch got; since its topk_weights= "
                     "sent the weights ahead, pass the same tensors, or dispatch without topk_weights"
@@ -333,61 +251,6 @@ class LowLatencyEngine:
         driver.ensure_context(self._device)
         stream = torch._C._cuda_getCurrentRawStream(self._device)
         self._runtime.launch(kernel, num_blocks, ll_structs.NUM_THREADS, smem, stream, ctypes.addressof(args))
-
-    def _own_bytes(self, team: int) -> int:
-        """Shared memory for the sums of a rank's own tokens, one row per team."""
-        return _MAX_TEAM // team * 2 * self.shape.hidden
-
-    def _prepare_own_sums(self) -> bool:
-        """Say whether they fit without keeping blocks from running side by side."""
-        kernel, most = self._combine_kernel, self._own_bytes(_MIN_TEAM)
-        limit = driver.device_attribute("CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN", self._device)
-        if most + kernel.shared_bytes > limit:
-            return False
-        kernel.set_max_smem(most)
-        blocks = kernel.blocks_per_sm(ll_structs.NUM_THREADS, most)
-        return blocks >= kernel.blocks_per_sm(ll_structs.NUM_THREADS, 0)
-
-    def _resident_blocks(self, kernel: jit.Kernel, smem: int, ranks_per_gpu: int) -> int:
-        """Blocks that certainly run at once: kernels that wait for peers need all of theirs, and all of the peers'."""
-        num_sms = driver.device_attribute("CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT", self._device)
-        return max(1, num_sms * kernel.blocks_per_sm(ll_structs.NUM_THREADS, smem) // ranks_per_gpu)
-
-    def _grid(self, kernel: int, num_tokens: int, num_sms: int) -> tuple[int, int]:
-        """Choose blocks and threads per team: as many threads on a row as leave every row a team of its own."""
-        max_blocks = self._block_limit(kernel, num_sms)
-        tokens = self._likely_tokens(num_tokens)
-        num_rows = tokens * max(self.shape.num_ranks - 1, 1)
-        team = _MAX_TEAM
-        while team > _MIN_TEAM and max_blocks * (_MAX_TEAM // team) < num_rows:
-            team //= 2
-        rows_per_block = _MAX_TEAM // team
-        return min(max_blocks, max(tokens + 1, -(-num_rows // rows_per_block))), team
-
-    def _line_grid(
-        self, kernel: int, num_tokens: int, num_sms: int, row_vecs: int, is_combine: bool
-    ) -> tuple[int, int]:
-        """Choose the same where rows are lines: one vector per thread, and a rank's own rows are like the others'.
-
-        In combine several teams may share a row, and those that add up need not have sent before.
-        """
-        max_blocks = self._block_limit(kernel, num_sms)
-        tokens = self._likely_tokens(num_tokens)
-        num_rows = tokens * self.shape.num_ranks
-        team = _MAX_TEAM
-        while team > _MIN_TEAM and (team >= 2 * row_vecs or max_blocks * (_MAX_TEAM // team) < num_rows):
-            team //= 2
-        num_items = (num_rows + tokens) * -(-row_vecs // team) if is_combine else num_rows
-        rows_per_block = _MAX_TEAM // team
-        return min(max_blocks, max(tokens + 1, -(-num_items // rows_per_block))), team
-
-    def _block_limit(self, kernel: int, num_sms: int) -> int:
-        max_blocks = self._max_blocks[kernel]
-        return max(1, min(max_blocks, 2 * num_sms)) if num_sms else max_blocks
-
-    def _likely_tokens(self, num_tokens: int) -> int:
-        """Tokens to choose a grid for: the other ranks may have more than this one."""
-        return max(num_tokens, self.shape.num_max_tokens // 16, 1)
 
     def _routing(self, request: DispatchRequest, private: LlRouting) -> Routing:
         shape = self.shape

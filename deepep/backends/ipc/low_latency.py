@@ -20,7 +20,8 @@ from deepep.backends.base import (
 from deepep.backends.ipc.memory import SymmetricMemory
 from deepep.cuda import ll_structs
 from deepep.cuda.host_words import HostWords
-from deepep.cuda.ll_engine import LlRouting, LowLatencyEngine, Settings
+from deepep.cuda.ll_engine import LowLatencyEngine, Settings
+from deepep.cuda.ll_state import LlRouting
 from deepep.cuda.ll_structs import Division, LlState, Shape, divide
 from deepep.errors import BufferDestroyed, CommTimeout, InvalidArgument, UnsupportedOperation
 from deepep.group import Group

@@ -1,0 +1,86 @@
+"""What a low-latency dispatch leaves behind on the device: one block, and where its parts are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from deepep.backends.base import DispatchRequest
+from deepep.cuda import ll_structs
+from deepep.cuda.ll_structs import LlCommon, Shape
+
+_STATE_ALIGNMENT = 16  # int32 elements
+
+
+class StateParts(NamedTuple):
+    """Where the parts of a dispatch's block begin, in int32 words; epoch and headers come first."""
+
+    home_topk: int
+    routes: int
+    route_weights: int
+    layout_range: int
+    src_info: int
+    recv_count: int
+    end: int
+
+    @classmethod
+    def divide(cls, shape: Shape, num_tokens: int) -> StateParts:
+        """Divide the block of a dispatch of T tokens, each part at a multiple of 64 bytes."""
+        room = shape.num_ranks * shape.num_max_tokens
+        choices, num_local = room * shape.num_topk, shape.num_local_experts
+        places = [_STATE_ALIGNMENT + ll_structs.MAX_RANKS]
+        for size in (
+            num_tokens * shape.num_topk, choices, choices, 2 * num_local * shape.num_ranks, num_local * room, num_local,
+        ):  # fmt: skip
+            places.append(places[-1] + _aligned(size))
+        return cls(*places)
+
+
+@dataclass(frozen=True)
+class LlRouting:
+    """What a dispatch leaves for its second phase and its combines; all of it on the device.
+
+    Attributes:
+        state: int32 words: epoch of the call, headers of the sources, `topk_idx` as sent, rows and weights of choices.
+            One allocation serves these and the small outputs, which are views of it: the handle holds most of them,
+            and they are small beside the rows, so nobody minds that they live together.
+        parts: where in it each of them is.
+        shape: the sizes it was made with.
+        num_tokens: T.
+        sent: identity of (topk_idx, topk_weights) whose weights travelled with dispatch, or None.
+    """
+
+    state: torch.Tensor
+    parts: StateParts
+    shape: Shape
+    num_tokens: int
+    sent: tuple[tuple[int, int], tuple[int, int]] | None
+
+    def address(self, common: LlCommon) -> None:
+        """Point the kernels' arguments to the parts of `state`."""
+        parts = self.parts
+        common.call_epoch = at = self.state.data_ptr()
+        common.sources = at + 4 * _STATE_ALIGNMENT
+        common.home_topk = at + 4 * parts.home_topk
+        common.routes = at + 4 * parts.routes
+        common.route_weights = at + 4 * parts.route_weights
+
+    @classmethod
+    def make(cls, request: DispatchRequest, shape: Shape, parts: StateParts) -> LlRouting:
+        """Allocate for one dispatch."""
+        state = torch.empty(parts.end, dtype=torch.int32, device=request.x.device)
+        sent = None
+        if request.topk_weights is not None and request.topk_idx is not None:
+            sent = (identity(request.topk_idx), identity(request.topk_weights))
+        return cls(state, parts, shape, request.x.shape[0], sent)
+
+
+def _aligned(num_words: int) -> int:
+    return -(-num_words // _STATE_ALIGNMENT) * _STATE_ALIGNMENT
+
+
+def identity(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where a tensor's values are and how often they were changed; not looked at on the device, which would wait."""
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
