@@ -14,6 +14,7 @@ from deepep.cuda.engine import Engine
 from deepep.cuda.status import dtype_word, op_word
 from deepep.cuda.window import NUM_FLAGS, NUM_PASSES
 from deepep.errors import InvalidArgument
+from deepep.layout import align
 
 _KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _NUM_STAGE_WARPS = 6
@@ -48,10 +49,8 @@ def plan_of(engine: Engine, request: CombineRequest, x: torch.Tensor) -> Combine
         InvalidArgument: the window is too small for the request; says what would do.
     """
     routing, weights = request.routing, request.topk_weights
-    address = x.data_ptr() - engine.memory.base
-    offset = address if 0 <= address < engine.window_map.num_bytes else -1
     key: tuple[Any, ...] = (
-        "combine", x.shape, x.dtype, offset, engine.ring_bytes, routing.layout, request.reduction,
+        "combine", x.shape, x.dtype, engine.place_in_window(x), engine.ring_bytes, routing.layout, request.reduction,
         request.weight_source, request.num_sms, routing.num_experts, routing.dst_rank.shape,
         None if routing.topk_idx is None else routing.topk_idx.shape[1],
         None if routing.expanded_row is None else routing.expanded_row.shape[1],
@@ -105,7 +104,7 @@ def _place_ring(
 ) -> None:
     """Divide the payload region into one ring per home, or find that rows can stay where they are."""
     payload, room = engine.window_map.payload, engine.ring_bytes
-    args.weights_pitch = kernels.align_up(4 * args.num_topk, 16) if has_weights else 0
+    args.weights_pitch = align(4 * args.num_topk, 16) if has_weights else 0
     copies = args.num_topk if args.is_per_copy else 1
     offset = engine.memory.offset_of(x) if can_stay and x.numel() else None
     staged = 0 if offset is not None and offset % 16 == 0 else row_bytes * copies

@@ -15,7 +15,7 @@ from deepep.cuda.engine import Engine
 from deepep.cuda.status import dtype_word, op_word
 from deepep.cuda.window import MAX_LOCAL_EXPERTS, NUM_FLAGS, NUM_PASSES, metadata_row_bytes
 from deepep.errors import InvalidArgument
-from deepep.layout import num_expanded_rows_at_most
+from deepep.layout import align, num_expanded_rows_at_most
 
 _SF_FORMATS = {quant.SfFormat.FLOAT32: 1, quant.SfFormat.POW2: 2, quant.SfFormat.UE8M0: 3}
 _NUM_STAGE_WARPS = 4
@@ -90,12 +90,10 @@ def plan_of(engine: Engine, request: DispatchRequest) -> Plan:
         InvalidArgument: the window, or this GPU, is too small for the request; says what would do.
     """
     x, sf, topk_idx, routing = request.x, request.sf, request.topk_idx, request.routing
-    address = x.data_ptr() - engine.memory.base
-    offset = address if 0 <= address < engine.window_map.num_bytes else -1
     key: tuple[Any, ...] = (
         x.shape, x.dtype, request.layout, request.num_experts, request.num_sms, request.expert_alignment,
         request.num_max_tokens_per_rank, request.num_worst_rows, request.do_zero_padding, request.sf_format,
-        offset, engine.ring_bytes,
+        engine.place_in_window(x), engine.ring_bytes,
         None if sf is None else (sf.shape[1], sf.dtype, sf.stride(), sf.data_ptr() % 16),
         None if topk_idx is None else topk_idx.shape[1], request.topk_weights is not None,
         None if routing is None else (routing.num_recv_tokens, routing.num_rows, routing.dst_rank.shape[1]),
@@ -153,7 +151,7 @@ class _Planner:
         num_matrix = 0 if self.is_expanded else num_ranks * num_ranks
         places, at = [], 0
         for size in (*(self.num_tokens * self.num_slots,) * 2, num_ranks, self.num_local, self.num_local, num_matrix):
-            at = kernels.align_up(at + size, _PART_ALIGNMENT)
+            at = align(at + size, _PART_ALIGNMENT)
             places.append(at)
         return Parts(*places)
 
@@ -189,7 +187,7 @@ class _Planner:
             is_aligned = args.num_sf % 4 == 0 and sf.data_ptr() % 16 == 0 and sf.stride(0) % 4 == 0
             args.sf_is_bulk = is_aligned and sf.stride(1) == 1 and args.num_sf > 0
         args.recv_sf_is_bulk = args.num_sf % 4 == 0
-        args.sf_pitch = kernels.align_up(4 * args.num_sf, 16)
+        args.sf_pitch = align(4 * args.num_sf, 16)
         args.cut = kernels.cut_rows(
             row_bytes, args.sf_pitch, kernels.DISPATCH_PIECE_BYTES, kernels.MAX_DISPATCH_WARPS,
             self.engine.smem_bytes, "dispatch",
@@ -207,9 +205,9 @@ class _Planner:
             return
         if self._copies(row_bytes, room):
             args.is_in_window, args.is_in_place, args.ring_rows = 1, 1, NO_ENTRY
-            args.rows_offset, args.sf_offset = payload, payload + kernels.align_up(self.copied[0], 256)
+            args.rows_offset, args.sf_offset = payload, payload + align(self.copied[0], 256)
             return
-        most = kernels.align_up(max(self.num_tokens, 1), FLAG_ROWS)
+        most = align(max(self.num_tokens, 1), FLAG_ROWS)
         ring = min(most, room // (row_bytes + args.sf_pitch) & ~(FLAG_ROWS - 1), FLAG_ROWS * NUM_FLAGS)
         if ring < FLAG_ROWS or self.num_tokens > ring * NUM_PASSES:
             needed = engine.window_map.num_bytes - room + max(FLAG_ROWS, self.num_tokens // NUM_PASSES) * row_bytes * 2
@@ -284,7 +282,7 @@ class _Planner:
         columns = (args.num_experts if self.num_topk else 0) + num_ranks
         exchange = 4 * (num_ranks * (16 + num_ranks) + args.num_experts)
         walkers = max(1, min(kernels.MAX_WALKERS, engine.smem_bytes // 4 // (4 * columns)))
-        counting = kernels.align_up(4 * walkers * columns + exchange, 128)
+        counting = align(4 * walkers * columns + exchange, 128)
         if counting > engine.smem_bytes // 2:
             raise InvalidArgument(f"dispatch: {args.num_experts} experts are too many for this GPU's shared memory")
         args.num_walkers, args.num_counters = walkers, walkers * columns

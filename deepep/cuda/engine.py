@@ -19,6 +19,7 @@ from deepep.cuda.launch import current_stream, runtime
 from deepep.cuda.status import Status, op_word
 from deepep.cuda.window import MAX_LOCAL_EXPERTS, WindowMap, map_window
 from deepep.errors import InvalidArgument, UnsupportedOperation
+from deepep.layout import align
 
 _SMEM_ATTRIBUTE = "CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"
 _SM_ATTRIBUTE = "CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT"
@@ -88,6 +89,11 @@ class Engine:
     def stream(self) -> int:
         """Give the handle of torch's current stream."""
         return current_stream(self.device)
+
+    def place_in_window(self, x: torch.Tensor) -> int:
+        """Where in the window a tensor begins, -1 if elsewhere: what plans depend on, at less cost than `offset_of`."""
+        offset = x.data_ptr() - self.memory.base
+        return offset if 0 <= offset < self.window_map.num_bytes else -1
 
     def num_sms(self, wanted: int) -> int:
         """Multiprocessors to use: never more than this rank's share, since kernels that wait must all be resident."""
@@ -172,7 +178,7 @@ class Engine:
         Raises:
             InvalidArgument: the window is too small; says what would do.
         """
-        needed = kernels.align_up(max(torch.Size(shape).numel() * dtype.itemsize, 1), _ALIGNMENT)
+        needed = align(max(torch.Size(shape).numel() * dtype.itemsize, 1), _ALIGNMENT)
         granted = dict(self._inputs)
         granted[kind] = max(needed, granted.get(kind, 0))
         total, limit = sum(granted.values()), self.window_map.payload_bytes

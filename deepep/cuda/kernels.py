@@ -8,6 +8,7 @@ from deepep.cuda import ll_structs
 from deepep.cuda.arguments import Cut
 from deepep.cuda.jit import KernelSpec
 from deepep.errors import UnsupportedOperation
+from deepep.layout import align
 
 NOTIFY = KernelSpec("deepep_notify", "kernels/notify.cu")
 DISPATCH_COMPACT = KernelSpec("deepep_dispatch_compact", "kernels/dispatch.cu")
@@ -43,11 +44,6 @@ def kernel_specs() -> list[KernelSpec]:
     return [*normal, ll_structs.DISPATCH, ll_structs.COMBINE, ll_structs.CLEAN]
 
 
-def align_up(value: int, alignment: int) -> int:
-    """Round up to a multiple of `alignment`."""
-    return -(-value // alignment) * alignment
-
-
 @functools.cache
 def cut_rows(row_bytes: int, extra_bytes: int, max_piece: int, max_warps: int, smem_bytes: int, op: str) -> Cut:
     """Divide shared memory among warps. What is returned is shared: assigning it to a member of a struct copies it.
@@ -64,9 +60,9 @@ def cut_rows(row_bytes: int, extra_bytes: int, max_piece: int, max_warps: int, s
         UnsupportedOperation: not even two warps with two slots each fit.
     """
     num_pieces = -(-row_bytes // max_piece)
-    piece = align_up(-(-row_bytes // num_pieces), 16)
+    piece = align(-(-row_bytes // num_pieces), 16)
     num_pieces = -(-row_bytes // piece)
-    slot = align_up(piece + extra_bytes, 128)
+    slot = align(piece + extra_bytes, 128)
     total = smem_bytes // slot
     if total < 4:
         raise UnsupportedOperation(

@@ -10,6 +10,7 @@ import torch
 from deepep.backends.base import DispatchRequest
 from deepep.cuda import ll_structs
 from deepep.cuda.ll_structs import LlCommon, Shape
+from deepep.layout import align
 
 _STATE_ALIGNMENT = 16  # int32 elements
 
@@ -34,7 +35,7 @@ class StateParts(NamedTuple):
         for size in (
             num_tokens * shape.num_topk, choices, choices, 2 * num_local * shape.num_ranks, num_local * room, num_local,
         ):  # fmt: skip
-            places.append(places[-1] + _aligned(size))
+            places.append(places[-1] + align(size, _STATE_ALIGNMENT))
         return cls(*places)
 
 
@@ -75,10 +76,6 @@ class LlRouting:
         if request.topk_weights is not None and request.topk_idx is not None:
             sent = (identity(request.topk_idx), identity(request.topk_weights))
         return cls(state, parts, shape, request.x.shape[0], sent)
-
-
-def _aligned(num_words: int) -> int:
-    return -(-num_words // _STATE_ALIGNMENT) * _STATE_ALIGNMENT
 
 
 def identity(tensor: torch.Tensor) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from deepep.backends.base import BackendOptions
 from deepep.cuda.arguments import CONTROL_BYTES, HEADER_WORDS, Window
-from deepep.cuda.kernels import align_up
+from deepep.layout import align
 
 MAX_LOCAL_EXPERTS = 2048
 NUM_FLAGS = 16384
@@ -54,9 +54,9 @@ def map_window(num_ranks: int, options: BackendOptions) -> WindowMap:
     offset = CONTROL_BYTES
     for name, size in sizes.items():
         setattr(struct, name, offset)
-        offset = align_up(offset + size, _ALIGNMENT)
+        offset = align(offset + size, _ALIGNMENT)
     payload_bytes = max(options.num_bytes - offset, MIN_PAYLOAD_BYTES, _rows_bytes(options))
-    struct.payload, struct.payload_bytes = offset, align_up(payload_bytes, _ALIGNMENT)
+    struct.payload, struct.payload_bytes = offset, align(payload_bytes, _ALIGNMENT)
     return WindowMap(struct, offset + int(struct.payload_bytes))
 
 
@@ -67,10 +67,10 @@ def metadata_row_bytes(num_topk: int) -> int:
 
 def _metadata_bytes(num_ranks: int, options: BackendOptions) -> int:
     if options.num_max_tokens_per_rank and options.num_topk:
-        needed = align_up(options.num_max_tokens_per_rank, 4) * metadata_row_bytes(options.num_topk)
+        needed = align(options.num_max_tokens_per_rank, 4) * metadata_row_bytes(options.num_topk)
     else:
         needed = max(MIN_METADATA_BYTES, options.num_bytes // (16 * num_ranks))
-    return align_up(needed, 256)
+    return align(needed, 256)
 
 
 def _rows_bytes(options: BackendOptions) -> int:

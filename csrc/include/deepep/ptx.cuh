@@ -72,14 +72,6 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-__device__ __forceinline__ Vec16 load_shared(uint32_t address) {
-    Vec16 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
-                 : "r"(address));
-    return v;
-}
-
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
@@ -108,15 +100,11 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
 }
 
 // Addresses and sizes are multiples of 16.
-__device__ __forceinline__ void bulk_load_at(uint32_t shared, const void* global, uint32_t num_bytes,
-                                             uint64_t* barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+__device__ __forceinline__ void bulk_load(void* shared, const void* global, uint32_t num_bytes, uint64_t* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(shared)),
                  "l"(global), "r"(num_bytes), "r"(shared_address(barrier))
                  : "memory");
-}
-
-__device__ __forceinline__ void bulk_load(void* shared, const void* global, uint32_t num_bytes, uint64_t* barrier) {
-    bulk_load_at(shared_address(shared), global, num_bytes, barrier);
 }
 
 __device__ __forceinline__ void bulk_store(void* global, const void* shared, uint32_t num_bytes) {
@@ -139,12 +127,10 @@ __device__ __forceinline__ void bulk_wait_done() { asm volatile("cp.async.bulk.w
 #else  // never called: `if constexpr (kHasBulkCopies)` stands before every use
 
 __device__ __forceinline__ uint32_t shared_address(const void*) { return 0; }
-__device__ __forceinline__ Vec16 load_shared(uint32_t) { return {}; }
 __device__ __forceinline__ void barrier_init(uint64_t*, uint32_t) {}
 __device__ __forceinline__ void barrier_init_fence() {}
 __device__ __forceinline__ void barrier_expect(uint64_t*, uint32_t) {}
 __device__ __forceinline__ void barrier_wait(uint64_t*, uint32_t) {}
-__device__ __forceinline__ void bulk_load_at(uint32_t, const void*, uint32_t, uint64_t*) {}
 __device__ __forceinline__ void bulk_load(void*, const void*, uint32_t, uint64_t*) {}
 __device__ __forceinline__ void bulk_store(void*, const void*, uint32_t) {}
 __device__ __forceinline__ void bulk_commit() {}

@@ -49,7 +49,7 @@ struct Job {
     }
 };
 
-// Provider: bool load(Job&); void start(Job&), before the first row is read; void begin(const Job&, uint32_t vec,
+// Provider: bool load(Job&); void start(const Job&), when all rows are there; void begin(const Job&, uint32_t vec,
 //           float (&)[n]); void write(const Job&, uint32_t vec, const Vec16&); void finish(const Job&). vec: 16-byte vector
 //           of the row.
 // kTerms: rows that are loaded from at the same time.
@@ -109,8 +109,8 @@ struct Reducer {
 
     __device__ void run() {
         for (Job job; provider.load(job);) {
-            provider.start(job);
             job.await(op);
+            provider.start(job);
             for (uint32_t first = 0; first < row_vecs; first += kLaneVecs * kWarpSize) {
                 if (first + kLaneVecs * kWarpSize <= row_vecs) {
                     sum<true>(job, first + lane_index());
