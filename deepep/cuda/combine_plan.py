@@ -10,7 +10,7 @@ import torch
 from deepep.backends.base import CombineRequest, Layout, Reduction, WeightSource
 from deepep.cuda import jit, kernels
 from deepep.cuda.arguments import NO_ENTRY, NUM_AGREED, PASS_TOKENS, CombineArgs
-from deepep.cuda.engine import Engine
+from deepep.cuda.engine import Engine, place_in_window
 from deepep.cuda.status import dtype_word, op_word
 from deepep.cuda.window import NUM_FLAGS, NUM_PASSES
 from deepep.errors import InvalidArgument
@@ -50,7 +50,7 @@ def plan_of(engine: Engine, request: CombineRequest, x: torch.Tensor) -> Combine
     """
     routing, weights = request.routing, request.topk_weights
     key: tuple[Any, ...] = (
-        "combine", x.shape, x.dtype, engine.place_in_window(x), engine.ring_bytes, routing.layout, request.reduction,
+        "combine", x.shape, x.dtype, place_in_window(engine, x), engine.ring_bytes, routing.layout, request.reduction,
         request.weight_source, request.num_sms, routing.num_experts, routing.dst_rank.shape,
         None if routing.topk_idx is None else routing.topk_idx.shape[1],
         None if routing.expanded_row is None else routing.expanded_row.shape[1],

@@ -11,7 +11,7 @@ from deepep import quant
 from deepep.backends.base import DispatchRequest, Layout
 from deepep.cuda import kernels
 from deepep.cuda.arguments import FLAG_ROWS, MAX_TOPK, NO_ENTRY, POSITION_BITS, Cut, DispatchArgs
-from deepep.cuda.engine import Engine
+from deepep.cuda.engine import Engine, place_in_window
 from deepep.cuda.status import dtype_word, op_word
 from deepep.cuda.window import MAX_LOCAL_EXPERTS, NUM_FLAGS, NUM_PASSES, metadata_row_bytes
 from deepep.errors import InvalidArgument
@@ -93,7 +93,7 @@ def plan_of(engine: Engine, request: DispatchRequest) -> Plan:
     key: tuple[Any, ...] = (
         x.shape, x.dtype, request.layout, request.num_experts, request.num_sms, request.expert_alignment,
         request.num_max_tokens_per_rank, request.num_worst_rows, request.do_zero_padding, request.sf_format,
-        engine.place_in_window(x), engine.ring_bytes,
+        place_in_window(engine, x), engine.ring_bytes,
         None if sf is None else (sf.shape[1], sf.dtype, sf.stride(), sf.data_ptr() % 16),
         None if topk_idx is None else topk_idx.shape[1], request.topk_weights is not None,
         None if routing is None else (routing.num_recv_tokens, routing.num_rows, routing.dst_rank.shape[1]),

@@ -90,11 +90,6 @@ class Engine:
         """Give the handle of torch's current stream."""
         return current_stream(self.device)
 
-    def place_in_window(self, x: torch.Tensor) -> int:
-        """Where in the window a tensor begins, -1 if elsewhere: what plans depend on, at less cost than `offset_of`."""
-        offset = x.data_ptr() - self.memory.base
-        return offset if 0 <= offset < self.window_map.num_bytes else -1
-
     def num_sms(self, wanted: int) -> int:
         """Multiprocessors to use: never more than this rank's share, since kernels that wait must all be resident."""
         return max(1, min(wanted or DEFAULT_NUM_SMS, self.most_sms))
@@ -199,6 +194,12 @@ class Engine:
         self._scratch.clear()
         if "copies" in self.__dict__:
             self.copies.close()
+
+
+def place_in_window(engine: Engine, x: torch.Tensor) -> int:
+    """Where in the window a tensor begins, -1 if elsewhere: what plans depend on, at less cost than `offset_of`."""
+    offset = x.data_ptr() - engine.memory.base
+    return offset if 0 <= offset < engine.window_map.num_bytes else -1
 
 
 def make_engine(
