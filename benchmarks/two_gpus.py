@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +74,17 @@ def steps(backend: str) -> Iterator[Step]:
     for num_tokens in LOW_LATENCY_TOKENS:
         plan = _plan(backend, num_tokens, "bf16", layouts=("padded",), num_sms=(0,))
         yield Step(f"low latency, {num_tokens} tokens", 25, plan=plan)
+        if num_tokens in (8, 128):
+            yield Step(f"low latency, {num_tokens} tokens, cold L2", 25, plan=replace(plan, flushes_l2=True))
     for dtype in ("fp8", "bf16"):
         plan = _plan(backend, 4096, dtype, num_sms=SWEEP, num_iters=10)
         yield Step(f"sweep over SMs, {dtype}", 75, plan=plan)
+    for num_ranks in (4, 8):
+        bench = (sys.executable, "-m", "deepep", "bench", "--device", "cuda", "--backend", backend, "--low-latency")
+        for num_tokens in (8, 128):
+            sizes = ("--num-ranks", str(num_ranks), "--num-tokens", str(num_tokens), "--routing", "balanced")
+            name = f"{num_ranks} ranks, low latency, {num_tokens} tokens"
+            yield Step(name, 60, (*bench, *sizes, "--json"), has_json=True, needs_mps=True)
     yield Step("contract, 8 ranks", 130, (*contract, "--ranks", "8", "--seconds", "110"), needs_mps=True)
 
 
@@ -185,9 +193,10 @@ def _start_mps(folder: Path) -> dict[str, str]:
     if "CUDA_MPS_PIPE_DIRECTORY" in os.environ:
         return {}
     variables = {name: str(folder / name.lower()) for name in ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY")}
-    for path in variables.values():
-        Path(path).mkdir()
-    subprocess.run(["nvidia-cuda-mps-control", "-d"], env={**os.environ, **variables}, check=True)
+    if not all(Path(path).exists() for path in variables.values()):
+        for path in variables.values():
+            Path(path).mkdir()
+        subprocess.run(["nvidia-cuda-mps-control", "-d"], env={**os.environ, **variables}, check=True)
     return variables
 
 
@@ -199,11 +208,12 @@ def _commit() -> str | None:
 def markdown(report: dict[str, Any]) -> str:
     """Put a report into words and tables."""
     runs = [run for run in report["runs"] if "results" in run]
-    lines = [f"Commit {report['commit']}; {runs[0]['device'] if runs else 'no results'}, 2 ranks.", ""]
+    lines = [f"Commit {report['commit']}; {runs[0]['device'] if runs else 'no results'}.", ""]
     lines += [f"- {done['name']}: exit status {done['exit_status']}, {done['seconds']} s" for done in report["steps"]]
     for run in runs:
         plan = run["plan"]
-        where = f"{plan['num_tokens']} tokens x {plan['hidden']}, top-{plan['num_topk']} of {plan['num_experts']}"
+        experts = f"top-{plan['num_topk']} of {plan['num_experts']}"
+        where = f"{run['num_ranks']} ranks, {plan['num_tokens']} tokens x {plan['hidden']}, {experts}"
         lines += ["", f"**{run['step']}** ({where}, {run['ranks_per_gpu']} rank(s) per GPU), microseconds", ""]
         lines += ["| operation | routing | SMs | wall | events | replay | kernels | remote GB/s | x floor | NCCL |"]
         lines += ["|---|---|---|---|---|---|---|---|---|---|"]

@@ -13,9 +13,8 @@ struct Debt {
     uint64_t index;  // slot among those of all sources
     __device__ Debt(const LlCombineArgs& args, uint32_t number) {
         const LlShape& shape = args.common.shape;
-        const uint32_t num_sources = count(args);
-        source = number % num_sources;
-        token = number / num_sources;
+        token = divide(number, args.keeps_own ? shape.others_magic : shape.ranks_magic);
+        source = number - token * count(args);
         if (args.keeps_own && source >= shape.rank) ++source;
         index = static_cast<uint64_t>(source) * shape.num_max_tokens + token;
     }
@@ -29,7 +28,7 @@ __device__ __forceinline__ bool is_lined(const LlCombineArgs& args, uint32_t num
 // The choice of the team's first debt, whose source may turn out not to have that many tokens.
 __device__ Choice load_first(const LlCombineArgs& args, const Team& team) {
     if (Debt::count(args) == 0) return {};
-    const Debt debt(args, team.global_index() / args.debt_parts);
+    const Debt debt(args, divide(team.global_index(), args.debt_parts_magic));
     if (debt.token >= args.common.shape.num_max_tokens) return {};
     const bool is_own = debt.source == args.common.shape.rank;
     if (is_own && debt.token >= args.common.num_tokens) return {};
@@ -52,7 +51,7 @@ __device__ void send_slots(const LlCombineArgs& args, const LlCall& call, const 
         turn ^= 1;
         list_terms(args, call, team, source, debt.index, weights_of(args, source, header), choice, terms, true);
         team.sync();
-        if ((terms.owes[0] | terms.owes[1]) == 0) continue;
+        if (bits_of(terms.owes) == 0) continue;
         const uint64_t first = static_cast<uint64_t>(debt.token) * shape.num_slots;
         Vec16* slots =
             reinterpret_cast<Vec16*>(call.transport.peer_ptr(source, common.window.combine_slots + call.bank)) +
@@ -63,9 +62,9 @@ __device__ void send_slots(const LlCombineArgs& args, const LlCall& call, const 
             put_sum(args, team, terms, slots + static_cast<uint64_t>(shape.rank) * row_vecs);
         }
         team.sync();
-        if (team.thread >= kLlMaxTopk) continue;
+        if (team.thread >= kMostChoices) continue;
         fence_sys();
-        const bool is_mine = args.is_per_copy ? (terms.bits() >> team.thread & 1) != 0 : team.thread == 0;
+        const bool is_mine = args.is_per_copy ? has_bit(terms.bits(), team.thread) : team.thread == 0;
         if (is_mine) {
             call.signal(source, common.window.arrived, first + (args.is_per_copy ? team.thread : shape.rank), 1);
         }
@@ -80,7 +79,8 @@ __device__ uint32_t send_lines(const LlCombineArgs& args, const LlCall& call, co
     bool is_first = true;
     for (uint32_t number = team.global_index(); number < num_debts * parts;
          number += team.global_count(), is_first = false) {
-        const Debt debt(args, number / parts);
+        const uint32_t row = divide(number, args.debt_parts_magic);
+        const Debt debt(args, row);
         const uint32_t source = debt.source, header = headers[source];
         if (debt.token >= tokens_of(header) || !is_lined(args, tokens_of(header))) continue;
         if (!is_first) choice = load_choice(args, debt.index, team.thread, source == rank);
@@ -89,9 +89,9 @@ __device__ uint32_t send_lines(const LlCombineArgs& args, const LlCall& call, co
         const Weights from = weights_of(args, source, header);
         list_terms(args, call, team, source, debt.index, from, choice, terms, false);
         team.sync();
-        if ((terms.owes[0] | terms.owes[1]) == 0) continue;
-        push_lines(args, call, team, source, debt.token, debt.index, from == Weights::kSentNow, number % parts, parts,
-                   terms);
+        if (bits_of(terms.owes) == 0) continue;
+        push_lines(args, call, team, source, debt.token, debt.index, from == Weights::kSentNow,
+                   number - row * parts, parts, terms);
     }
     return turn;
 }
@@ -102,6 +102,7 @@ __device__ void send(const LlCombineArgs& args, const LlCall& call, const Team& 
     __shared__ Terms listed[kLlMaxTeams][2];
     send_weights(args, call, weight);
     uint32_t max_tokens = 0;
+#pragma unroll 1
     for (uint32_t rank = 0; rank < args.common.shape.num_ranks; ++rank) {
         max_tokens = max_of(max_tokens, tokens_of(headers[rank]));
     }
@@ -116,7 +117,7 @@ __device__ void await_terms(const LlCombineArgs& args, const LlCall& call, const
                             const int32_t* owners, Terms& terms, bool as_lines) {
     const LlShape& shape = args.common.shape;
     const uint32_t k = team.thread;
-    if (k >= kLlMaxTopk) return;
+    if (k >= kMostChoices) return;
     const uint64_t choice = static_cast<uint64_t>(token) * shape.num_topk + k;
     const int32_t owner = k < shape.num_topk ? owners[k] : -1;
     bool is_valid = owner >= 0;
@@ -141,7 +142,7 @@ __device__ void await_terms(const LlCombineArgs& args, const LlCall& call, const
 
 // What a team knows of the token it adds up.
 struct Home {
-    int32_t owners[kLlMaxTopk];
+    int32_t owners[kMostChoices];
     Terms own, all;
 };
 
@@ -183,7 +184,7 @@ __device__ HomeChoice load_home(const LlCombineArgs& args, const Team& team, uin
 __device__ __forceinline__ void list_owners(const LlShape& shape, const Team& team, const HomeChoice& choice,
                                             Home& home) {
     if (team.thread >= shape.num_topk) return;
-    home.owners[team.thread] = choice.expert < 0 ? -1 : choice.expert / static_cast<int32_t>(shape.num_local_experts);
+    home.owners[team.thread] = choice.expert < 0 ? -1 : static_cast<int32_t>(owner_of(shape, choice.expert));
 }
 
 // This rank's own sum is made before the team waits for the others.
@@ -230,15 +231,15 @@ __device__ void receive_lines(const LlCombineArgs& args, const LlCall& call, con
     const uint32_t parts = args.home_parts;
     uint32_t turn = 0;
     for (uint32_t number = first_at_home(team); number < args.common.num_tokens * parts; turn ^= 1) {
-        const uint32_t token = number / parts;
+        const uint32_t token = divide(number, args.home_parts_magic);
         Home& home = homes[turn];
         list_owners(args.common.shape, team, choice, home);
         team.sync();
         await_terms(args, call, team, token, home.owners, home.all, true);
         team.sync();
-        add_lines(args, call, team, token, number % parts, parts, home.all);
+        add_lines(args, call, team, token, number - token * parts, parts, home.all);
         number += team.global_count();
-        choice = load_home(args, team, number / parts);
+        choice = load_home(args, team, divide(number, args.home_parts_magic));
     }
 }
 
@@ -260,13 +261,13 @@ extern "C" __global__ void __launch_bounds__(deepep::kLlThreads, deepep::kLlBloc
     using namespace deepep;
     extern __shared__ Vec16 own_sums[];
     __shared__ LlShared shared;
-    __shared__ uint32_t headers[kLlMaxRanks];
+    __shared__ uint32_t headers[kMostChoices];
     const LlCommon& common = args.common;
     const uint64_t credits = common.window.combine_credits;
     const Team team(common.team_threads);
     LlCall call(common, kLlCombine, shared);
     const Choice debt = common.phases & kLlSend ? load_first(args, team) : Choice{};
-    const uint32_t first = first_at_home(team) / args.home_parts;
+    const uint32_t first = divide(first_at_home(team), args.home_parts_magic);
     const HomeChoice home = common.phases & kLlRecv ? load_home(args, team, first) : HomeChoice{};
     const OwnWeight weight = common.phases & kLlSend ? load_weight(args, global_thread()) : OwnWeight{};
     uint32_t header = 0;

@@ -8,10 +8,10 @@ namespace {
 
 template <bool kFp8>
 __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table) {
-    __shared__ Stay stays[kDirectTokens][kLlMaxTopk];
+    __shared__ Stay stays[kDirectTokens][kMostChoices];
     const LlCommon& common = args.common;
     const uint64_t credits = common.window.dispatch_credits;
-    const Range range(common.num_tokens);
+    const Range range(args);
     const bool is_sending = (common.phases & kLlSend) != 0, is_receiving = (common.phases & kLlRecv) != 0;
     // Rows that stay skip the window where one launch does everything and blocks can remember their tokens.
     // As lines they take the window like all others: nobody has to wait for them, and all are laid out at once.
@@ -22,7 +22,7 @@ __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table) {
         const uint32_t num_scanned = (range.is_publisher ? common.num_tokens : range.begin) * common.shape.num_topk;
         const Scan scan = load_scan(args, 0, num_scanned);
         Held held;
-        Choices choices = {{-1, -1}, {-1, -1}, {0, 0}};
+        Choices choices;
         if (range.begin < range.end) {
             choices = load_choices(args, range.begin, as_lines);
             held = load_unit<kFp8>(args, range.begin, threadIdx.x);

@@ -63,6 +63,7 @@ def _plan(chosen: argparse.Namespace) -> Plan:
         num_sms=tuple(chosen.num_sms or [0]),
         num_iters=_NUM_ITERS[chosen.device] if num_iters is None else num_iters,
         seed=chosen.seed,
+        flushes_l2=chosen.flush_l2,
     )
 
 
@@ -84,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the rows that dispatch moves (default bf16)")
     parser.add_argument("--layout", nargs="+", choices=("compact", "expanded"), help="of rows (default compact)")
     parser.add_argument("--low-latency", action="store_true", help="padded rows and FP8 dispatch instead")
+    parser.add_argument(
+        "--flush-l2", action=argparse.BooleanOptionalAction, help="before each call (default: not with --low-latency)"
+    )
     parser.add_argument("--routing", nargs="+", choices=ROUTINGS, default=list(ROUTINGS), help="default both")
     parser.add_argument(
         "--num-sms", type=int, nargs="+", metavar="N", help="multiprocessors to try (default automatic)"

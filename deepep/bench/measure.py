@@ -42,11 +42,12 @@ class CudaClock:
     Args:
         meet: host barrier of all ranks.
         meet_on_device: barrier of all ranks on the current stream, which lets the host run ahead; or None.
+        flushes_l2: empty the L2 before each call.
     """
 
-    def __init__(self, meet: Call, meet_on_device: Call | None) -> None:
+    def __init__(self, meet: Call, meet_on_device: Call | None, flushes_l2: bool) -> None:
         self._meet, self._meet_on_device = meet, meet_on_device
-        self._scratch = torch.empty(_L2_BYTES, dtype=torch.uint8, device="cuda")
+        self._scratch = torch.empty(_L2_BYTES, dtype=torch.uint8, device="cuda") if flushes_l2 else None
 
     def warm_up(self, call: Call) -> Any:
         """Call it unmeasured; gives what it returned last."""
@@ -58,7 +59,7 @@ class CudaClock:
 
     def wall(self, call: Call) -> tuple[float, Any]:
         """Time one call up to the end of its work on the GPU, the host included."""
-        self._scratch.zero_()
+        self._flush()
         torch.cuda.synchronize()
         self._meet()
         started = time.perf_counter()
@@ -117,14 +118,18 @@ class CudaClock:
         return begin.elapsed_time(end) * 1e3
 
     def _align(self) -> None:
-        """Flush the L2, let the host run ahead, and let all ranks begin together."""
-        self._scratch.zero_()
+        """Flush the L2 if asked to, let the host run ahead, and let all ranks begin together."""
+        self._flush()
         if self._meet_on_device is None:
             torch.cuda.synchronize()
             self._meet()
             return
         torch.cuda._sleep(_HEAD_START)
         self._meet_on_device()
+
+    def _flush(self) -> None:
+        if self._scratch is not None:
+            self._scratch.zero_()
 
 
 def _median_per_call(durations: list[float], num_iters: int) -> float:

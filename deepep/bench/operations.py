@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from deepep.bench import checks
 from deepep.bench.checks import Scene
 from deepep.bench.plan import EXPERT_ALIGNMENT
@@ -124,12 +126,20 @@ def expanded(buffer: ElasticBuffer, scene: Scene, num_sms: int) -> list[Operatio
 
 
 def low_latency(buffer: Buffer, scene: Scene) -> list[Operation]:
-    """`Buffer.low_latency_*`: FP8 dispatch to padded rows, bf16 combine."""
+    """`Buffer.low_latency_*`: FP8 dispatch to padded rows, bf16 combine; weights sent by combine, then by dispatch."""
+    return _low_latency(buffer, scene, None, "") + _low_latency(
+        buffer, scene, scene.mine.topk_weights, ", weights ahead"
+    )
+
+
+def _low_latency(buffer: Buffer, scene: Scene, weights_ahead: torch.Tensor | None, name: str) -> list[Operation]:
     plan, mine = scene.plan, scene.mine
     x = scene.payload.bfloat16()
 
     def dispatch() -> Any:
-        return buffer.low_latency_dispatch(x, mine.topk_idx, plan.num_tokens, plan.num_experts)
+        return buffer.low_latency_dispatch(
+            x, mine.topk_idx, plan.num_tokens, plan.num_experts, topk_weights=weights_ahead
+        )
 
     (recv, sf), _, handle, _, _ = dispatch()
     rows = (fp8_uncast(recv, sf).float() * (scene.rank + 1)).bfloat16()
@@ -143,11 +153,11 @@ def low_latency(buffer: Buffer, scene: Scene) -> list[Operation]:
     home = ([n * plan.hidden * 2 for n in received], [n * plan.hidden * 2 for n in sent])
     return [
         Operation(
-            "low-latency dispatch", dispatch, lambda out: checks.padded(scene, x, out), scene.remote(there[0]),
+            f"low-latency dispatch{name}", dispatch, lambda out: checks.padded(scene, x, out), scene.remote(there[0]),
             dispatch, [there],
         ),
         Operation(
-            "low-latency combine", combine, lambda out: checks.low_latency_combined(scene, x, out[0]),
+            f"low-latency combine{name}", combine, lambda out: checks.low_latency_combined(scene, x, out[0]),
             scene.remote(home[1]), combine, [home],
         ),
     ]  # fmt: skip

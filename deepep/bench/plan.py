@@ -31,6 +31,8 @@ class Plan:
         num_sms: multiprocessors to allow, one run of everything for each; 0 for the backend's own choice.
         num_iters: timed calls of each operation.
         seed: of all inputs.
+        flushes_l2: empty the GPU's L2 before each timed call. None does so except in low latency, where the time of a
+            call is that of a few dependent accesses, most of them to what the call before it touched.
     """
 
     backend: str | None
@@ -45,6 +47,7 @@ class Plan:
     num_sms: tuple[int, ...]
     num_iters: int
     seed: int
+    flushes_l2: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_tokens", "hidden", "num_topk", "num_experts", "num_iters"):
@@ -56,6 +59,11 @@ class Plan:
             raise InvalidArgument(f"hidden is {self.hidden}; FP8 rows need a multiple of {SF_GROUP}")
         if self.hidden * DTYPES[self.dtype].itemsize % 16:
             raise InvalidArgument(f"hidden is {self.hidden}; a row must be a multiple of 16 bytes")
+
+    @property
+    def has_cold_l2(self) -> bool:
+        """Whether the L2 is emptied before each timed call."""
+        return "padded" not in self.layouts if self.flushes_l2 is None else self.flushes_l2
 
     @property
     def uses_fp8(self) -> bool:

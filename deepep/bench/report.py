@@ -107,6 +107,7 @@ def text(plan: Plan, reports: Sequence[RankReport], rows: Sequence[Row]) -> str:
     work = (
         f"{plan.num_tokens} tokens x {plan.hidden} per rank, top-{plan.num_topk} of {plan.num_experts} experts, "
         f"dispatch {plan.dtype}, median of {plan.num_iters} calls, slowest rank, ms; results checked"
+        f"{'' if plan.has_cold_l2 or plan.device == 'cpu' else '; L2 not flushed'}"
     )
     lines = [
         f"{len(reports)} ranks on {first.num_hosts} host(s), {first.device}{shared}, backend {first.backend}",
@@ -116,10 +117,10 @@ def text(plan: Plan, reports: Sequence[RankReport], rows: Sequence[Row]) -> str:
         lines += [f"memory of the {layout} buffer: {size / 2**20:.0f} MiB per rank"] if size else []
     lines += [
         "",
-        "operation               routing      SMs      wall    events    replay   kernels  remote MB    GB/s  floor x",
+        f"{'operation':34}  routing      SMs      wall    events    replay   kernels  remote MB    GB/s  floor x",
     ]
     lines += [
-        f"{row.op:22}  {row.routing:10}  {row.num_sms or 'auto':>4}  {_ms(row.wall_us)}  {_ms(row.events_us)}  "
+        f"{row.op:34}  {row.routing:10}  {row.num_sms or 'auto':>4}  {_ms(row.wall_us)}  {_ms(row.events_us)}  "
         f"{_ms(row.replay_us)}  {_ms(row.kernels_us)}  {row.remote_bytes / 1e6:9.2f}  "
         f"{row.remote_bytes_per_second / 1e9:6.2f}  {_times(row.ratio_to_floor)}"
         for row in rows
@@ -149,7 +150,7 @@ def ratios(rows: Sequence[Row]) -> dict[str, tuple[float, float | None]]:
 
 
 def _is_pair(row: Row) -> bool:
-    return "cached" not in row.op and row.op != "layout"
+    return not any(word in row.op for word in ("cached", "ahead", "layout"))
 
 
 def _comparison(rows: Sequence[Row]) -> list[str]:
@@ -159,12 +160,12 @@ def _comparison(rows: Sequence[Row]) -> list[str]:
     lines = [
         "",
         f"bare all_to_all_single calls ({measured[0].bare}) that move the same bytes, ms, and the ratio to them:",
-        "operation               routing      SMs   reused tensors         new tensors",
+        "operation                           routing      SMs   reused tensors         new tensors",
     ]
     for row in measured:
         new = f"{_ms(row.bare_new_us)} {row.best_us / row.bare_new_us:6.2f}x" if row.bare_new_us else ""
         lines.append(
-            f"{row.op:22}  {row.routing:10}  {row.num_sms or 'auto':>4}  "
+            f"{row.op:34}  {row.routing:10}  {row.num_sms or 'auto':>4}  "
             f"{_ms(row.bare_us)} {row.best_us / (row.bare_us or 1.0):6.2f}x   {new}"
         )
     for name, (reused, new_ratio) in ratios(rows).items():

@@ -135,7 +135,8 @@ def _measure(
     for operation in work:
         timing = Timing(operation.name, layout, routing, num_sms, operation.remote_bytes)
         if scene.plan.device == "cuda":
-            _time_on_gpu(timing, operation, front, scene.plan, CudaClock(meet, _device_barrier(front)), transport)
+            clock = CudaClock(meet, _device_barrier(front), scene.plan.has_cold_l2)
+            _time_on_gpu(timing, operation, front, scene.plan, clock, transport)
         else:
             _time_on_cpu(timing, operation, scene.plan, CpuClock(meet), transport)
         yield timing

@@ -41,7 +41,7 @@ MOST_SMEM_BYTES = 208 << 10
 def kernel_specs() -> list[KernelSpec]:
     """List every kernel of the CUDA backends, for compiling ahead of time."""
     normal = [NOTIFY, DISPATCH_COMPACT, DISPATCH_EXPANDED, *COMBINE.values(), BARRIER, LAYOUT]
-    return [*normal, ll_structs.DISPATCH, ll_structs.COMBINE, ll_structs.CLEAN]
+    return [*normal, *ll_structs.NARROW, *ll_structs.WIDE]
 
 
 @functools.cache

@@ -25,7 +25,7 @@ from deepep.cuda import driver, jit, ll_structs
 from deepep.cuda.launch import runtime
 from deepep.cuda.ll_grid import MAX_TEAM, Grids
 from deepep.cuda.ll_state import LlRouting, StateParts, identity
-from deepep.cuda.ll_structs import Division, LlCleanArgs, LlCombineArgs, LlCommon, LlDispatchArgs, LlShape, Shape
+from deepep.cuda.ll_structs import Division, LlCleanArgs, LlCombineArgs, LlCommon, LlDispatchArgs, LlShape, Shape, magic
 from deepep.errors import InvalidArgument
 from deepep.quant import FP8_DTYPE, GROUP_SIZE, SfFormat
 
@@ -38,6 +38,7 @@ class DispatchPlan(NamedTuple):
 
     num_blocks: int
     team: int
+    tokens_per_block: int
     parts: StateParts
 
 
@@ -84,9 +85,9 @@ class LowLatencyEngine:
         self.shape = shape
         self._division = division
         self._device = device
-        self._dispatch_kernel = jit.load(ll_structs.DISPATCH, device)
-        self._combine_kernel = jit.load(ll_structs.COMBINE, device)
-        self._clean_kernel = jit.load(ll_structs.CLEAN, device)
+        self._dispatch_kernel, self._combine_kernel, self._clean_kernel = (
+            jit.load(spec, device) for spec in shape.kernels
+        )
         self._grids = Grids(shape, device, settings.ranks_per_gpu, self._dispatch_kernel, self._combine_kernel)
         self._common = LlCommon(
             peer_table=window.peer_table,
@@ -111,6 +112,9 @@ class LowLatencyEngine:
             dispatch_line_bytes=shape.dispatch_line_bytes,
             combine_line_bytes=shape.combine_line_bytes,
             line_row_offset=shape.line_row_offset,
+            local_experts_magic=magic(shape.num_local_experts),
+            ranks_magic=magic(shape.num_ranks),
+            others_magic=magic(shape.num_ranks - 1),
         )
         # Launches copy their arguments, so one struct of each kind serves all calls but those of two phases.
         self._dispatch_args = LlDispatchArgs(common=self._common)
@@ -153,6 +157,7 @@ class LowLatencyEngine:
         routing.address(common)
         common.wait_stats = _pointer(request.wait_recv_cost_stats)
         common.team_threads, common.num_tokens = plan.team, x.shape[0]
+        args.tokens_per_block = plan.tokens_per_block
         kernel, kept = self._dispatch_kernel.handle, (request, recv_x, recv_sf, routing)
         launch = _Launch(self, kernel, plan.num_blocks, self._grids.table_bytes, args, kept)
         finish = launch.start(request.split_phases)
@@ -183,7 +188,8 @@ class LowLatencyEngine:
                 grid = self._grids.usual(kernel, num_tokens, num_sms)
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.clear()
-            plan = self._plans[key] = DispatchPlan(*grid, StateParts.divide(shape, num_tokens))
+            tokens_per_block = -(-num_tokens // max(grid[0] - 1, 1))
+            plan = self._plans[key] = DispatchPlan(*grid, tokens_per_block, StateParts.divide(shape, num_tokens))
         return plan
 
     def combine(self, request: CombineRequest, x: torch.Tensor) -> CombineResult:
@@ -222,6 +228,7 @@ class LowLatencyEngine:
             args.home_parts = max(1, min(most, num_teams // num_rows))
         else:
             num_blocks, team = self._grids.usual(kernel, routing.num_tokens, request.num_sms)
+        args.debt_parts_magic, args.home_parts_magic = magic(args.debt_parts), magic(args.home_parts)
         common.team_threads = team
         smem = self._grids.own_bytes(team) if keeps_own else 0
         launch = _Launch(self, kernel, num_blocks, smem, args, (request, x, out, epoch))

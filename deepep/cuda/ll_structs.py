@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from deepep.cuda.jit import KernelSpec
 from deepep.layout import align
@@ -23,10 +24,22 @@ _OCTET_BYTES, _OCTET_LINE_BYTES = 8 * 16, 11 * 16  # of a row, and of the lines 
 DEFAULT_LINE_TOKENS = 32
 """Up to how many tokens a rank sends them as lines; more are better off with a third less bytes and a fence."""
 
-DISPATCH = KernelSpec("ll_dispatch_kernel", "kernels/ll_dispatch.cu")
-COMBINE = KernelSpec("ll_combine_kernel", "kernels/ll_combine.cu")
-CLEAN = KernelSpec("ll_clean_kernel", "kernels/ll_clean.cu")
-KERNELS = (DISPATCH, COMBINE, CLEAN)
+
+class Kernels(NamedTuple):
+    """What low latency launches."""
+
+    dispatch: KernelSpec
+    combine: KernelSpec
+    clean: KernelSpec
+
+
+def _kernels(is_wide: bool) -> Kernels:
+    defines = (("DEEPEP_LL_WIDE", int(is_wide)),)
+    return Kernels(*(KernelSpec(f"ll_{op}_kernel", f"kernels/ll_{op}.cu", defines) for op in Kernels._fields))
+
+
+NARROW, WIDE = _kernels(False), _kernels(True)
+"""For up to 32 ranks and top-k of up to 32, and for more of either."""
 
 
 def _fields(types: dict[str, type]) -> list[tuple[str, type]]:
@@ -61,6 +74,7 @@ class LlShape(ctypes.Structure):
             "rank num_ranks num_experts num_local_experts num_topk hidden": ctypes.c_uint32,
             "num_max_tokens num_slots slot_bytes choice_offset": ctypes.c_uint32,
             "line_tokens dispatch_line_bytes combine_line_bytes line_row_offset": ctypes.c_uint32,
+            "local_experts_magic ranks_magic others_magic pad": ctypes.c_uint32,
         }
     )
 
@@ -85,7 +99,7 @@ class LlDispatchArgs(ctypes.Structure):
         *_fields(
             {
                 "x topk_idx topk_weights recv_x recv_sf recv_count src_info layout_range recv_stats": ctypes.c_uint64,
-                "sf_format pad": ctypes.c_uint32,
+                "sf_format tokens_per_block": ctypes.c_uint32,
             }
         ),
     ]
@@ -99,7 +113,8 @@ class LlCombineArgs(ctypes.Structure):
         *_fields(
             {
                 "x topk_idx topk_weights out combine_epoch": ctypes.c_uint64,
-                "is_per_copy use_logfmt has_sent_weights keeps_own debt_parts home_parts": ctypes.c_uint32,
+                "is_per_copy use_logfmt has_sent_weights keeps_own": ctypes.c_uint32,
+                "debt_parts home_parts debt_parts_magic home_parts_magic": ctypes.c_uint32,
             }
         ),
     ]
@@ -112,6 +127,11 @@ class LlCleanArgs(ctypes.Structure):
         ("common", LlCommon),
         *_fields({"words_offset num_words": ctypes.c_uint64, "is_barrier pad": ctypes.c_uint32}),
     ]
+
+
+def magic(divisor: int) -> int:
+    """Give what kernels multiply by instead of dividing; see `divide` in ll_common.cuh."""
+    return -(-(1 << 32) // divisor) if divisor > 1 else 0
 
 
 @dataclass(frozen=True)
@@ -140,6 +160,11 @@ class Shape:
     def num_local_experts(self) -> int:
         """L."""
         return self.num_experts // self.num_ranks
+
+    @property
+    def kernels(self) -> Kernels:
+        """What can be launched for this shape."""
+        return WIDE if max(self.num_ranks, self.num_topk) > 32 else NARROW
 
     @property
     def num_slots(self) -> int:

@@ -1,7 +1,7 @@
 // What low-latency dispatch and combine share: epochs and banks, bounded waits, teams of threads.
 #pragma once
 
-#include <deepep/ll_layout.cuh>
+#include <deepep/ll_bits.cuh>
 #include <deepep/transport.cuh>
 #include <deepep/vec.cuh>
 
@@ -10,8 +10,21 @@ namespace deepep {
 enum LlOp : uint32_t { kLlDispatch = 0, kLlCombine = 1, kLlClean = 2 };
 
 constexpr uint32_t kLlThreads = 512;
-constexpr uint32_t kLlBlocksPerSm = 2;
+constexpr uint32_t kLlBlocksPerSm = 1;
 constexpr uint32_t kLlBanks = 2;  // of the window
+constexpr uint32_t kCountingThread = kLlThreads - kWarpSize - 1;  // of a warp that has little else to do
+
+// For the state, which only its GPU looks at.
+__device__ __forceinline__ uint32_t load_relaxed_gpu(const uint32_t* address) {
+    uint32_t value;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+}
+__device__ __forceinline__ uint64_t load_relaxed_gpu(const uint64_t* address) {
+    uint64_t value;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+    return value;
+}
 
 // For words that say all there is to say, and whatever is ordered otherwise.
 __device__ __forceinline__ uint64_t load_relaxed_sys(const uint64_t* address) {
@@ -20,15 +33,22 @@ __device__ __forceinline__ uint64_t load_relaxed_sys(const uint64_t* address) {
     return value;
 }
 
+// n / d for n < 2^26 and d <= 64, or both < 2^16. The host has made `magic` of d: 2^32 / d rounded up, 0 for 1.
+__device__ __forceinline__ uint32_t divide(uint32_t n, uint32_t magic) { return magic == 0 ? n : __umulhi(n, magic); }
+
+__device__ __forceinline__ uint32_t owner_of(const LlShape& shape, uint32_t expert) {
+    return divide(expert, shape.local_experts_magic);
+}
+
 __device__ __forceinline__ uint64_t ll_word(uint32_t epoch, uint32_t value) {
     return static_cast<uint64_t>(epoch) << 32 | value;
 }
 
 // What every thread of a block wants to know at once; read in one go when the block starts, then kept in shared memory.
 struct LlShared {
-    uint64_t peers[kLlMaxRanks];
-    uint32_t mask[kLlMaxRanks];
-    uint32_t waited_ns[kLlMaxRanks];  // longest wait of this block for each rank, where statistics are asked for
+    uint64_t peers[kMostChoices];
+    uint32_t mask[kMostChoices];
+    uint32_t waited_ns[kMostChoices];  // longest wait of this block for each rank, where statistics are asked for
     uint32_t epoch;
 };
 
@@ -51,27 +71,23 @@ struct LlCall {
           state(pointer<LlState>(common.own_base + common.window.state)),
           deadline(global_timer_ns() + common.timeout_ns) {}
 
-    // Start: issue all loads that nothing depends on, and, where the launch sends, wait until every rank is through
-    // with what the bank held before. `credits` is where ranks say so. The barrier of begin() then covers all of it.
+    // Start: issue all loads that nothing depends on, in one trip, and, where the launch sends, wait until every rank is
+    // through with what the bank held before. `credits` is where ranks say so. The barrier of begin() then covers it all.
     __device__ void prepare(uint64_t credits, uint64_t call_epoch) const {
         constexpr uint32_t kEpochThread = 3 * kWarpSize;  // of another warp than those that look at ranks
-        static_assert(kEpochThread >= kLlMaxRanks, "one thread has one task");
+        static_assert(kEpochThread >= kMostChoices, "one thread has one task");
         if (threadIdx.x == kEpochThread && args.phases != 0) shared.epoch = load_epoch(call_epoch);
         if (threadIdx.x >= args.shape.num_ranks) return;
         const uint32_t rank = threadIdx.x;
         const bool is_sending = (args.phases & kLlSend) != 0, is_publisher = is_sending && is_last_block();
         const uint64_t* word = pointer<const uint64_t>(args.own_base + credits) + rank;
-        const uint64_t peer = pointer<const uint64_t>(args.peer_table)[rank];
-        const uint32_t mask = *(volatile uint32_t*)&state->mask[rank];
-        const uint32_t now = args.phases != 0 ? load_epoch(call_epoch) : 0;
-        uint32_t credit = 0;
-        Uses uses[kLlBanks];
-#pragma unroll
-        for (uint32_t b = 0; b < kLlBanks; ++b) {
-            const uint64_t seen = load_relaxed_sys(word + b * args.window.bank_stride / 8);
-            uses[b] = load_uses(b);
-            if (b == now % kLlBanks) credit = static_cast<uint32_t>(seen >> 32);
-        }
+        const uint64_t peer = load_relaxed_gpu(pointer<const uint64_t>(args.peer_table) + rank);
+        const uint32_t mask = load_relaxed_gpu(&state->mask[rank]);
+        static_assert(kLlBanks == 2, "of each bank: what this rank is told, and what it has to tell");
+        const uint64_t seen = load_relaxed_sys(word), seen_next = load_relaxed_sys(word + args.window.bank_stride / 8);
+        const Uses uses[kLlBanks] = {load_uses(0), load_uses(1)};
+        const uint32_t now = load_epoch(call_epoch);
+        const uint64_t credit = now % kLlBanks == 0 ? seen : seen_next;
         shared.peers[rank] = peer;
         shared.mask[rank] = mask;
         shared.waited_ns[rank] = 0;
@@ -84,7 +100,8 @@ struct LlCall {
             const uint64_t at = credits + b * args.window.bank_stride + 8 * args.shape.rank;
             transport.signal(rank, at, ll_word(uses[b].last, 0));
         }
-        await_credit(rank, now, word + now % kLlBanks * (args.window.bank_stride / 8), credit);
+        await_credit(rank, now, word + now % kLlBanks * (args.window.bank_stride / 8),
+                     static_cast<uint32_t>(credit >> 32));
     }
 
     // Once all threads of the block are through with prepare().
@@ -92,7 +109,7 @@ struct LlCall {
         __syncthreads();
         epoch = shared.epoch;
         bank = (epoch % kLlBanks) * args.window.bank_stride;
-        if (threadIdx.x != kLlThreads - 1) return;
+        if (threadIdx.x != kCountingThread) return;
         if (args.phases & kLlSend) {
             const uint32_t share = kLlStart / gridDim.x;
             atomicAdd(reinterpret_cast<unsigned long long*>(&state->starts[op]),
@@ -106,9 +123,11 @@ struct LlCall {
 
     __device__ bool is_last_block() const { return blockIdx.x == gridDim.x - 1; }
 
+    // The next one, or that of the call whose second phase this is.
     __device__ uint32_t load_epoch(uint64_t call_epoch) const {
-        if ((args.phases & kLlSend) == 0) return *pointer<const volatile uint32_t>(call_epoch);
-        return static_cast<uint32_t>(*(const volatile uint64_t*)&state->starts[op] / kLlStart) + 1;
+        const uint64_t started = load_relaxed_gpu(&state->starts[op % kLlClean]);
+        if (args.phases == kLlRecv) return load_relaxed_gpu(pointer<const uint32_t>(call_epoch));
+        return static_cast<uint32_t>(started / kLlStart) + 1;
     }
 
     // The last use of a bank that was to be read, and how many blocks were to and did.
@@ -116,8 +135,8 @@ struct LlCall {
         uint32_t last, readers, read;
     };
     __device__ Uses load_uses(uint32_t b) const {
-        return {*(volatile uint32_t*)&state->read_epoch[op][b], *(volatile uint32_t*)&state->num_readers[op][b],
-                *(volatile uint32_t*)&state->num_read[op][b]};
+        return {load_relaxed_gpu(&state->read_epoch[op][b]), load_relaxed_gpu(&state->num_readers[op][b]),
+                load_relaxed_gpu(&state->num_read[op][b])};
     }
 
     __device__ void announce_readers() const {
@@ -184,24 +203,26 @@ struct LlCall {
     }
 
     __device__ bool has_given_up(uint32_t rank, bool is_early = false) const {
-        if (is_masked(rank)) return true;
-        if (global_timer_ns() < deadline - (is_early ? args.timeout_ns / 2 : 0) &&
-            *(volatile uint32_t*)&state->mask[rank] == 0)
-            return false;
-        lose(rank);
-        return true;
+        return gives_up(args, shared, op, rank, deadline - (is_early ? args.timeout_ns / 2 : 0));
     }
 
-    // Give up on a rank: mask it where ranks may leave, else tell the host. Every later wait for it is over at once.
-    __device__ void lose(uint32_t rank) const {
-        *(volatile uint32_t*)&shared.mask[rank] = 1;
+    // Whether a rank is given up on, which is then masked where ranks may leave, and else reported to the host. Every
+    // later wait for it is over at once. Out of line: waits are everywhere, and this is not to stand between them.
+    __device__ __noinline__ static bool gives_up(const LlCommon& args, LlShared& shared, LlOp op, uint32_t rank,
+                                                 uint64_t deadline) {
+        volatile uint32_t* mask = &shared.mask[rank];
+        if (*mask != 0) return true;
+        volatile uint32_t* lasting = &pointer<LlState>(args.own_base + args.window.state)->mask[rank];
+        if (global_timer_ns() < deadline && *lasting == 0) return false;
+        *mask = 1;
         if (args.is_shrinkable) {
-            *(volatile uint32_t*)&state->mask[rank] = 1;
-            return;
+            *lasting = 1;
+            return true;
         }
         uint64_t* status = pointer<uint64_t>(args.status);
         store_relaxed_sys(status + 1 + rank, 1);
         store_release_sys(status, op + 1);
+        return true;
     }
 };
 
@@ -210,27 +231,16 @@ struct Team {
     uint32_t threads, index, thread;  // size, which of the block, place inside
 
     __device__ explicit Team(uint32_t team_threads)
-        : threads(team_threads), index(threadIdx.x / team_threads), thread(threadIdx.x % team_threads) {}
+        : threads(team_threads), index(threadIdx.x >> log2_of(team_threads)), thread(threadIdx.x & (team_threads - 1)) {}
+
+    __device__ static uint32_t log2_of(uint32_t power) { return 31 - __clz(static_cast<int>(power)); }
 
     // Lanes may come here one by one, out of waits of their own.
-    __device__ void sync() const {
-        __syncwarp();
-        asm volatile("bar.sync %0, %1;" ::"r"(index + 1), "r"(threads) : "memory");
-    }
+    __device__ void sync() const { sync_threads(index + 1, threads); }
     // The same, and whether it is so for any thread.
-    __device__ bool any(bool is_so) const {
-        uint32_t result;
-        __syncwarp();
-        asm volatile(
-            "{\n .reg .pred mine, some;\n setp.ne.u32 mine, %1, 0;\n bar.red.or.pred some, %2, %3, mine;\n"
-            " selp.u32 %0, 1, 0, some;\n}"
-            : "=r"(result)
-            : "r"(static_cast<uint32_t>(is_so)), "r"(index + 1), "r"(threads)
-            : "memory");
-        return result != 0;
-    }
+    __device__ bool any(bool is_so) const { return any_thread(index + 1, threads, is_so); }
     __device__ uint32_t global_index() const { return blockIdx.x * per_block() + index; }
-    __device__ uint32_t per_block() const { return kLlThreads / threads; }
+    __device__ uint32_t per_block() const { return kLlThreads >> log2_of(threads); }
     __device__ uint32_t global_count() const { return gridDim.x * per_block(); }
 };
 

@@ -10,15 +10,17 @@ namespace deepep {
 enum class Presence : uint32_t { kUnknown, kAbsent, kPresent };
 
 struct Arrivals {
-    uint32_t header[kLlMaxRanks];
+    uint32_t header[kMostChoices];
     Presence first[kLlMaxTeams];  // of the first token of each team
 };
 
 // The sources whose tokens come through the window: all of them, or all others.
 struct Sources {
-    uint32_t count, rank;  // rank: own number if it is left out, else more than any
+    uint32_t count, magic, rank;  // rank: own number if it is left out, else more than any
     __device__ Sources(const LlShape& shape, bool without_own)
-        : count(shape.num_ranks - without_own), rank(without_own ? shape.rank : shape.num_ranks) {}
+        : count(shape.num_ranks - without_own),
+          magic(without_own ? shape.others_magic : shape.ranks_magic),
+          rank(without_own ? shape.rank : shape.num_ranks) {}
 };
 
 // One token of one source, as a number: sources take turns, so that teams start on what comes first.
@@ -26,7 +28,8 @@ struct Item {
     uint32_t source, token;
     uint64_t slot;  // number
     __device__ Item(const LlShape& shape, const Sources& sources, uint32_t number)
-        : source(number % max_of(sources.count, 1u)), token(number / max_of(sources.count, 1u)) {
+        : token(divide(number, sources.magic)) {
+        source = number - token * sources.count;
         if (source >= sources.rank) ++source;
         slot = static_cast<uint64_t>(source) * shape.num_max_tokens + token;
     }
@@ -58,7 +61,7 @@ struct Announced {
     __device__ Announced(const LlDispatchArgs& args, const LlCall& call, uint32_t i) {
         const LlShape& shape = args.common.shape;
         is_header = i >= shape.num_experts;
-        rank = is_header ? i - shape.num_experts : i / shape.num_local_experts;
+        rank = is_header ? i - shape.num_experts : owner_of(shape, i);
         const LlWindow& window = args.common.window;
         word = call.own_word(is_header ? window.headers : window.counts, is_header ? rank : i);
     }
@@ -71,6 +74,7 @@ struct Announced {
 // Wait for the headers and counts of all sources from the thread's `first` on; `table` [R, L] gets the counts.
 __device__ void await_counts(const LlDispatchArgs& args, const LlCall& call, uint32_t first, uint32_t* table,
                              Arrivals& from) {
+#pragma unroll 1
     for (uint32_t i = first; i < Announced::count(args.common.shape); i += kLlThreads) {
         const Announced announced(args, call, i);
         uint32_t value = 0;
@@ -84,6 +88,7 @@ __device__ void await_counts(const LlDispatchArgs& args, const LlCall& call, uin
 __device__ __forceinline__ uint32_t first_row(const LlShape& shape, const uint32_t* table, uint32_t source,
                                               uint32_t expert) {
     uint32_t first = 0;
+#pragma unroll 1
     for (uint32_t rank = 0; rank < source; ++rank) first += table[rank * shape.num_local_experts + expert];
     return first;
 }
@@ -91,8 +96,10 @@ __device__ __forceinline__ uint32_t first_row(const LlShape& shape, const uint32
 // By one block: tell the caller what came.
 __device__ void report(const LlDispatchArgs& args, const uint32_t* table, const Arrivals& from) {
     const LlShape& shape = args.common.shape;
+#pragma unroll 1
     for (uint32_t expert = threadIdx.x; expert < shape.num_local_experts; expert += kLlThreads) {
         uint32_t begin = 0;
+#pragma unroll 1
         for (uint32_t rank = 0; rank < shape.num_ranks; ++rank) {
             const uint32_t count = table[rank * shape.num_local_experts + expert];
             pointer<uint64_t>(args.layout_range)[expert * shape.num_ranks + rank] = ll_word(begin, count);
@@ -109,10 +116,10 @@ __device__ void report(const LlDispatchArgs& args, const uint32_t* table, const 
 // The rows that one token gets here, by top-k position.
 struct Rows {
     uint32_t is_present;
-    uint32_t valid[2];
-    uint32_t row[kLlMaxTopk];
-    uint32_t sf_at[kLlMaxTopk];  // index of the row's first scale factor
-    __device__ uint64_t bits() const { return static_cast<uint64_t>(valid[1]) << 32 | valid[0]; }
+    uint32_t valid[kWords];
+    uint32_t row[kMostChoices];
+    uint32_t sf_at[kMostChoices];  // index of the row's first scale factor
+    __device__ Bits bits() const { return bits_of(valid); }
 };
 
 constexpr uint32_t kVecsAtOnce = 4;  // of a row, per thread
@@ -148,8 +155,8 @@ __device__ __forceinline__ void load_part(const Vec16* in, uint32_t base, uint32
 
 __device__ __forceinline__ void store_part(const LlDispatchArgs& args, uint32_t base, uint32_t num_vecs,
                                            const Team& team, const Rows& rows, const Arrived& arrived) {
-    for (uint64_t left = rows.bits(); left != 0; left &= left - 1) {
-        const uint32_t r = __ffsll(static_cast<long long>(left)) - 1;
+    for (Bits left = rows.bits(); left != 0;) {
+        const uint32_t r = pop_bit(left);
         Vec16* out = pointer<Vec16>(args.recv_x) + static_cast<uint64_t>(rows.row[r]) * num_vecs;
 #pragma unroll
         for (uint32_t i = 0; i < kVecsAtOnce; ++i) {
@@ -184,7 +191,7 @@ __device__ __forceinline__ uint2 keep_route(const LlDispatchArgs& args, uint64_t
 __device__ void list_rows(const LlDispatchArgs& args, const Item& item, const Vec16& raw, const uint32_t* table,
                           uint32_t k, Rows& rows) {
     const LlShape& shape = args.common.shape;
-    if (k >= kLlMaxTopk) return;
+    if (k >= kMostChoices) return;
     const bool is_choice = k < shape.num_topk;
     const int32_t expert = is_choice ? static_cast<int32_t>(raw.word[0]) : -1;
     if (is_choice) {
@@ -203,8 +210,8 @@ __device__ void store_scales(const LlDispatchArgs& args, const uint8_t* slot, co
     const uint32_t room = shape.num_ranks * shape.num_max_tokens, count = num_scales(args);
     for (uint32_t sf = team.thread; sf < count; sf += team.threads) {
         if (sf != team.thread) scale = load_scale(shape, slot, sf);
-        for (uint64_t left = rows.bits(); left != 0; left &= left - 1) {
-            const uint32_t r = __ffsll(static_cast<long long>(left)) - 1;
+        for (Bits left = rows.bits(); left != 0;) {
+            const uint32_t r = pop_bit(left);
             pointer<uint32_t>(args.recv_sf)[rows.sf_at[r] + sf * room] = scale;
         }
     }
@@ -233,9 +240,9 @@ __device__ void forget_token(const LlDispatchArgs& args, const Item& item, uint3
 // thread's part of the last token; the others are cast once more.
 template <bool kFp8>
 __device__ void keep_tokens(const LlDispatchArgs& args, const Range& range, Outgoing<kFp8> out, const uint32_t* table,
-                            const Stay (*stays)[kLlMaxTopk], Targets* to) {
+                            const Stay (*stays)[kMostChoices], Targets* to) {
     const LlShape& shape = args.common.shape;
-    const uint32_t place = threadIdx.x / kLlMaxTopk, k = threadIdx.x % kLlMaxTopk, token = range.begin + place;
+    const uint32_t place = threadIdx.x / kMostChoices, k = threadIdx.x % kMostChoices, token = range.begin + place;
     if (token < range.end && k < shape.num_topk) {
         const Stay stay = stays[place][k];
         const uint64_t slot = static_cast<uint64_t>(shape.rank) * shape.num_max_tokens + token;

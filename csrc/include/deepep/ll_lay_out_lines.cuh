@@ -83,15 +83,15 @@ __device__ void await_lines(const LlDispatchArgs& args, const LlCall& call, cons
     if (has_word) announced.keep(index, value, table, *from);
 }
 
-// By the lanes of an octet.
 template <bool kFp8>
 __device__ __forceinline__ void store_vec(const LlDispatchArgs& args, const Rows& rows, uint32_t vec,
                                           uint32_t num_vecs, const Vec16& value, uint32_t sf) {
     const uint32_t room = args.common.shape.num_ranks * args.common.shape.num_max_tokens, group = vec / kOctet;
     const bool has_sf = kFp8 && octet_lane() == 0, is_ue8m0 = args.sf_format == kSfUe8m0;
-    for (uint64_t left = rows.bits(); left != 0; left &= left - 1) {
-        const uint32_t r = __ffsll(static_cast<long long>(left)) - 1;
-        if (vec < num_vecs) (pointer<Vec16>(args.recv_x) + static_cast<uint64_t>(rows.row[r]) * num_vecs)[vec] = value;
+#pragma unroll 1
+    for (Bits left = rows.bits(); left != 0;) {
+        const uint32_t r = pop_bit(left);
+        (pointer<Vec16>(args.recv_x) + static_cast<uint64_t>(rows.row[r]) * num_vecs)[vec] = value;
         if (!has_sf) continue;
         if (is_ue8m0) {
             const uint64_t word = rows.sf_at[r] + group / 4 * room;
@@ -115,10 +115,10 @@ __device__ void store_lines(const LlDispatchArgs& args, const LlCall& call, cons
 #pragma unroll
         for (uint32_t i = 0; i < kPartsAtOnce; ++i) {
             const uint32_t vec = lines.first + i * team.threads;
-            if (vec >= octets_end(lines.num_vecs)) continue;
+            if (!warp_begins_before(vec, lines.num_vecs)) continue;
             uint32_t sf;
             const Vec16 value = unfold(lines.line[i], lines.line[kPartsAtOnce + i], sf);
-            store_vec<kFp8>(args, rows, vec, lines.num_vecs, value, sf);
+            if (vec < lines.num_vecs) store_vec<kFp8>(args, rows, vec, lines.num_vecs, value, sf);
         }
         base += kPartsAtOnce * team.threads;
         if (base >= lines.num_vecs) return;

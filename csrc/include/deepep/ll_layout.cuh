@@ -63,6 +63,8 @@ struct LlShape {
     uint32_t line_tokens;     // P: a rank with at most so many tokens sends, and gets, lines
     uint32_t dispatch_line_bytes, combine_line_bytes;  // of one token, and of one row
     uint32_t line_row_offset;                          // of the row among the lines of a token
+    uint32_t local_experts_magic, ranks_magic, others_magic;  // for divide(); others: the ranks but this one
+    uint32_t pad;
 };
 
 enum LlPhase : uint32_t { kLlSend = 1, kLlRecv = 2 };
@@ -99,7 +101,7 @@ struct LlDispatchArgs {
     uint64_t layout_range;  // [L, R] int64
     uint64_t recv_stats;    // [L] int32, added to, or null
     uint32_t sf_format;
-    uint32_t pad;
+    uint32_t tokens_per_block;  // of those that send
 };
 
 struct LlCombineArgs {
@@ -114,6 +116,7 @@ struct LlCombineArgs {
     uint32_t has_sent_weights;  // this rank's dispatch carried the weights
     uint32_t keeps_own;  // sums of its own tokens stay in shared memory, [team, H]; else they go through the window
     uint32_t debt_parts, home_parts;  // teams that share a row of lines where it is sent, and where it is added up
+    uint32_t debt_parts_magic, home_parts_magic;
 };
 
 struct LlCleanArgs {

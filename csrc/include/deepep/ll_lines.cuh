@@ -51,28 +51,28 @@ struct LinePair {
     Vec16 own, rest;
 };
 
-// By the lanes of an octet; `extra` is the same for all of them.
+// By a whole warp; `extra` is the same for all lanes of an octet.
 __device__ __forceinline__ LinePair fold(const Vec16& v, uint32_t extra, uint32_t epoch) {
-    const uint32_t mask = octet_mask(), first = 3 * octet_lane();
+    const uint32_t first = 3 * octet_lane();
     LinePair lines = {{{v.word[0], v.word[1], v.word[2], epoch}}, {{0, 0, 0, epoch}}};
 #pragma unroll
     for (uint32_t i = 0; i < 3; ++i) {
-        const uint32_t word = __shfl_sync(mask, v.word[3], (first + i) % kOctet, kOctet);
+        const uint32_t word = __shfl_sync(kFullMask, v.word[3], (first + i) % kOctet, kOctet);
         lines.rest.word[i] = first + i == kOctet ? extra : word;
     }
     return lines;
 }
 
-// The way back, by the lanes of an octet, whose lines are all there.
+// The way back, by a whole warp; what octets come to that have not got all of their lines is of no use.
 __device__ __forceinline__ Vec16 unfold(const Vec16& own, const Vec16& rest, uint32_t& extra) {
-    const uint32_t mask = octet_mask(), place = octet_lane() % 3;
+    const uint32_t place = octet_lane() % 3;
     Vec16 v = own;
 #pragma unroll
     for (uint32_t i = 0; i < 3; ++i) {
-        const uint32_t word = __shfl_sync(mask, rest.word[i], octet_lane() / 3, kOctet);
+        const uint32_t word = __shfl_sync(kFullMask, rest.word[i], octet_lane() / 3, kOctet);
         if (i == place) v.word[3] = word;
     }
-    extra = __shfl_sync(mask, rest.word[2], 2, kOctet);
+    extra = __shfl_sync(kFullMask, rest.word[2], 2, kOctet);
     return v;
 }
 

@@ -24,6 +24,7 @@ __device__ __forceinline__ Scan load_scan(const LlDispatchArgs& args, uint32_t f
 
 // Add how often each expert is chosen by the first `end` choices to `table`; `scan` holds the very first ones.
 __device__ void count_experts(const LlDispatchArgs& args, Scan scan, uint32_t end, uint32_t* table) {
+#pragma unroll 1
     for (uint32_t first = 0; first < end; first += kScansAtOnce * kLlThreads) {
         if (first != 0) scan = load_scan(args, first, end);
 #pragma unroll
@@ -34,6 +35,7 @@ __device__ void count_experts(const LlDispatchArgs& args, Scan scan, uint32_t en
 }
 
 __device__ void clear(const LlDispatchArgs& args, uint32_t* table) {
+#pragma unroll 1
     for (uint32_t i = threadIdx.x; i < args.common.shape.num_experts; i += kLlThreads) table[i] = 0;
     __syncthreads();
 }
@@ -41,22 +43,28 @@ __device__ void clear(const LlDispatchArgs& args, uint32_t* table) {
 // Tell every rank how many tokens there are here, and how many rows each of its experts gets.
 __device__ void publish_counts(const LlDispatchArgs& args, const LlCall& call, const uint32_t* table) {
     const LlShape& shape = args.common.shape;
+#pragma unroll 1
     for (uint32_t i = threadIdx.x; i < shape.num_experts; i += kLlThreads) {
-        const uint32_t owner = i / shape.num_local_experts;
+        const uint32_t owner = owner_of(shape, i);
         const uint64_t index =
-            static_cast<uint64_t>(shape.rank) * shape.num_local_experts + i % shape.num_local_experts;
+            static_cast<uint64_t>(shape.rank) * shape.num_local_experts + i - owner * shape.num_local_experts;
         if (!call.is_masked(owner)) call.signal(owner, args.common.window.counts, index, table[i]);
     }
-    for (uint32_t rank = threadIdx.x; rank < shape.num_ranks; rank += kLlThreads) {
+    if (threadIdx.x < shape.num_ranks) {
+        const uint32_t rank = threadIdx.x;
         const uint32_t header = args.common.num_tokens | (args.topk_weights != 0 ? kHasWeights : 0);
         if (!call.is_masked(rank)) call.signal(rank, args.common.window.headers, shape.rank, header);
     }
 }
 
-// A token's choices, two per lane of the address warp, or of every warp.
+// A token's choices, one or two per lane of the address warp, or of every warp.
 struct Choices {
-    int32_t expert[2], owner[2];
-    float weight[2];
+    int32_t expert[kWords], owner[kWords];
+    float weight[kWords];
+    __device__ Choices() {
+#pragma unroll
+        for (uint32_t i = 0; i < kWords; ++i) expert[i] = owner[i] = -1, weight[i] = 0;
+    }
 };
 
 __device__ __forceinline__ Choices load_choices(const LlDispatchArgs& args, uint32_t token, bool by_all) {
@@ -64,10 +72,8 @@ __device__ __forceinline__ Choices load_choices(const LlDispatchArgs& args, uint
     const uint64_t first = static_cast<uint64_t>(token) * shape.num_topk;
     Choices choices;
 #pragma unroll
-    for (uint32_t i = 0; i < 2; ++i) {
+    for (uint32_t i = 0; i < kWords; ++i) {
         const uint32_t k = lane_index() + i * kWarpSize;
-        choices.expert[i] = -1;
-        choices.weight[i] = 0;
         if (!(by_all || warp_index() == kAddressWarp) || k >= shape.num_topk) continue;
         choices.expert[i] = static_cast<int32_t>(pointer<const int64_t>(args.topk_idx)[first + k]);
         if (args.topk_weights != 0) choices.weight[i] = pointer<const float>(args.topk_weights)[first + k];
@@ -78,9 +84,8 @@ __device__ __forceinline__ Choices load_choices(const LlDispatchArgs& args, uint
 // Apart from the loads, which others follow.
 __device__ __forceinline__ void find_owners(const LlShape& shape, Choices& choices) {
 #pragma unroll
-    for (uint32_t i = 0; i < 2; ++i) {
-        choices.owner[i] =
-            choices.expert[i] < 0 ? -1 : choices.expert[i] / static_cast<int32_t>(shape.num_local_experts);
+    for (uint32_t i = 0; i < kWords; ++i) {
+        choices.owner[i] = choices.expert[i] < 0 ? -1 : static_cast<int32_t>(owner_of(shape, choices.expert[i]));
     }
 }
 
@@ -97,10 +102,11 @@ __device__ void address_token(const LlDispatchArgs& args, const LlCall& call, ui
     const LlShape& shape = args.common.shape;
     const uint32_t lane = lane_index();
     const uint64_t first = static_cast<uint64_t>(token) * shape.num_topk;
-    int32_t owner[2], local[2];
-    uint32_t position[2], low = 0, high = 0;
+    int32_t owner[kWords], local[kWords];
+    uint32_t position[kWords];
+    Bits mine = 0;
 #pragma unroll
-    for (uint32_t i = 0; i < 2; ++i) {
+    for (uint32_t i = 0; i < kWords; ++i) {
         const uint32_t k = lane + i * kWarpSize;
         int32_t expert = choices.expert[i];
         owner[i] = choices.owner[i];
@@ -113,17 +119,14 @@ __device__ void address_token(const LlDispatchArgs& args, const LlCall& call, ui
             if (k < shape.num_topk) stays[k] = {is_here ? local[i] : -1, position[i]};
             if (is_here) owner[i] = -1;
         }
-        if (owner[i] >= 32) high |= 1u << (owner[i] - 32);
-        if (owner[i] >= 0 && owner[i] < 32) low |= 1u << owner[i];
+        if (owner[i] >= 0) mine |= Bits{1} << owner[i];
     }
-    low = __reduce_or_sync(kFullMask, low);
-    high = shape.num_ranks > 32 ? __reduce_or_sync(kFullMask, high) : 0;
-    const uint64_t ranks = static_cast<uint64_t>(high) << 32 | low;
+    const Bits ranks = any_bits(mine);
     const uint64_t offset = args.common.window.dispatch_slots + call.bank +
                             (static_cast<uint64_t>(shape.rank) * shape.num_max_tokens + token) * shape.slot_bytes;
     uint32_t count = 0;
-    for (uint64_t left = ranks; left != 0; left &= left - 1) {
-        const int32_t rank = __ffsll(static_cast<long long>(left)) - 1;
+    for (Bits left = ranks; left != 0;) {
+        const int32_t rank = static_cast<int32_t>(pop_bit(left));
         uint8_t* slot = call.transport.peer_ptr(rank, offset);
         if (lane == 0) {
             to.row[count] = slot;
@@ -132,7 +135,7 @@ __device__ void address_token(const LlDispatchArgs& args, const LlCall& call, ui
         ++count;
         LlChoice* out = reinterpret_cast<LlChoice*>(slot + shape.choice_offset);
 #pragma unroll
-        for (uint32_t i = 0; i < 2; ++i) {
+        for (uint32_t i = 0; i < kWords; ++i) {
             const uint32_t k = lane + i * kWarpSize;
             if (k < shape.num_topk) out[k] = {owner[i] == rank ? local[i] : -1, position[i], choices.weight[i], 0};
         }
@@ -144,9 +147,9 @@ __device__ void address_token(const LlDispatchArgs& args, const LlCall& call, ui
 struct Range {
     uint32_t begin, end, per_block;
     bool is_publisher;
-    __device__ explicit Range(uint32_t num_tokens) : is_publisher(blockIdx.x == gridDim.x - 1) {
-        const uint32_t num_senders = max_of(gridDim.x - 1, 1u);
-        per_block = ceil_div(num_tokens, num_senders);
+    __device__ explicit Range(const LlDispatchArgs& args)
+        : per_block(args.tokens_per_block), is_publisher(blockIdx.x == gridDim.x - 1) {
+        const uint32_t num_tokens = args.common.num_tokens, num_senders = max_of(gridDim.x - 1, 1u);
         begin = min_of(blockIdx.x * per_block, num_tokens);
         end = blockIdx.x < num_senders ? min_of(begin + per_block, num_tokens) : begin;
     }
@@ -154,13 +157,14 @@ struct Range {
 
 // By one warp: say which of the last tokens went to which rank, all that was pushed to them being there.
 __device__ void signal_tokens(const LlDispatchArgs& args, const LlCall& call, uint32_t first, uint32_t count,
-                              const uint64_t* sent_to) {
+                              const Bits* sent_to) {
     const LlShape& shape = args.common.shape;
     fence_sys();
+#pragma unroll 1
     for (uint32_t i = lane_index(); i < count * shape.num_ranks; i += kWarpSize) {
-        const uint32_t rank = i % shape.num_ranks, place = i / shape.num_ranks;
+        const uint32_t place = divide(i, shape.ranks_magic), rank = i - place * shape.num_ranks;
         const uint64_t index = static_cast<uint64_t>(shape.rank) * shape.num_max_tokens + first + place;
-        if (!call.is_masked(rank)) call.signal(rank, args.common.window.present, index, sent_to[place] >> rank & 1);
+        if (!call.is_masked(rank)) call.signal(rank, args.common.window.present, index, has_bit(sent_to[place], rank));
     }
     __syncwarp();
 }
@@ -169,10 +173,11 @@ __device__ void signal_tokens(const LlDispatchArgs& args, const LlCall& call, ui
 // With `stays` [.., K] the choices of this rank's own experts are left to receive(). Returns the last token's part.
 template <bool kFp8>
 __device__ Outgoing<kFp8> send(const LlDispatchArgs& args, const LlCall& call, const Range& range, Held held,
-                               Choices choices, uint32_t* table, Stay (*stays)[kLlMaxTopk]) {
+                               Choices choices, uint32_t* table, Stay (*stays)[kMostChoices]) {
     __shared__ Targets to[2];
-    __shared__ uint64_t sent_to[kTokensPerFence];
+    __shared__ Bits sent_to[kTokensPerFence];
     Outgoing<kFp8> out;
+#pragma unroll 1
     for (uint32_t token = range.begin; token < range.end; ++token) {
         const uint32_t place = token - range.begin, in_batch = place % kTokensPerFence;
         Targets& now = to[place % 2];

@@ -13,42 +13,39 @@ __device__ __forceinline__ uint64_t token_lines(const LlShape& shape, const LlWi
     return window.dispatch_lines + index * shape.dispatch_line_bytes;
 }
 
-// By a warp: bit per rank that a token goes to. Choices of masked ranks are struck out.
-__device__ __forceinline__ uint64_t ranks_of(const LlDispatchArgs& args, const LlCall& call, Choices& choices) {
-    uint32_t low = 0, high = 0;
+// By a warp: the ranks that a token goes to. Choices of masked ranks are struck out.
+__device__ __forceinline__ Bits ranks_of(const LlCall& call, Choices& choices) {
+    Bits mine = 0;
 #pragma unroll
-    for (uint32_t i = 0; i < 2; ++i) {
+    for (uint32_t i = 0; i < kWords; ++i) {
         const int32_t owner = choices.owner[i];
         if (owner < 0) continue;
         if (call.is_masked(owner)) {
             choices.owner[i] = -1;
-        } else if (owner < 32) {
-            low |= 1u << owner;
         } else {
-            high |= 1u << (owner - 32);
+            mine |= Bits{1} << owner;
         }
     }
-    low = __reduce_or_sync(kFullMask, low);
-    high = args.common.shape.num_ranks > 32 ? __reduce_or_sync(kFullMask, high) : 0;
-    return static_cast<uint64_t>(high) << 32 | low;
+    return any_bits(mine);
 }
 
 // By the address warp: the token's choices, to its ranks; the others learn that it does not come. `table` counts on.
 __device__ void address_lines(const LlDispatchArgs& args, const LlCall& call, uint32_t token, const Choices& choices,
-                              uint64_t ranks, uint32_t* table) {
+                              Bits ranks, uint32_t* table) {
     const LlShape& shape = args.common.shape;
     const LlWindow& window = args.common.window;
     const uint32_t lane = lane_index();
-    uint32_t position[2];
+    uint32_t position[kWords];
 #pragma unroll
-    for (uint32_t i = 0; i < 2; ++i) position[i] = choices.expert[i] >= 0 ? table[choices.expert[i]]++ : 0;
+    for (uint32_t i = 0; i < kWords; ++i) position[i] = choices.expert[i] >= 0 ? table[choices.expert[i]]++ : 0;
     const uint64_t offset = token_lines(shape, window, shape.rank, token) + call.bank;
-    for (uint64_t left = ranks; left != 0; left &= left - 1) {
-        const int32_t rank = __ffsll(static_cast<long long>(left)) - 1;
+#pragma unroll 1
+    for (Bits left = ranks; left != 0;) {
+        const int32_t rank = static_cast<int32_t>(pop_bit(left));
         Vec16* out = reinterpret_cast<Vec16*>(call.transport.peer_ptr(rank, offset));
         const int32_t first = rank * static_cast<int32_t>(shape.num_local_experts);
 #pragma unroll
-        for (uint32_t i = 0; i < 2; ++i) {
+        for (uint32_t i = 0; i < kWords; ++i) {
             const uint32_t k = lane + i * kWarpSize;
             if (k >= shape.num_topk) continue;
             const int32_t expert = choices.owner[i] == rank ? choices.expert[i] - first : -1;
@@ -56,12 +53,13 @@ __device__ void address_lines(const LlDispatchArgs& args, const LlCall& call, ui
                                   call.epoch}});
         }
     }
+#pragma unroll 1
     for (uint32_t rank = lane; rank < shape.num_ranks; rank += kWarpSize) {
         const uint64_t index = static_cast<uint64_t>(shape.rank) * shape.num_max_tokens + token;
-        if ((ranks >> rank & 1) == 0 && !call.is_masked(rank)) call.signal(rank, window.present, index, 0);
+        if (!has_bit(ranks, rank) && !call.is_masked(rank)) call.signal(rank, window.present, index, 0);
     }
 #pragma unroll
-    for (uint32_t i = 0; i < 2; ++i) {
+    for (uint32_t i = 0; i < kWords; ++i) {
         const uint32_t k = lane + i * kWarpSize;
         const int32_t expert = choices.owner[i] < 0 ? -1 : choices.expert[i];
         if (k < shape.num_topk) pointer<int32_t>(args.common.home_topk)[token * shape.num_topk + k] = expert;
@@ -71,23 +69,25 @@ __device__ void address_lines(const LlDispatchArgs& args, const LlCall& call, ui
 // By the whole block: a row and its scale factors, `out` being a thread's first part of it.
 template <bool kFp8>
 __device__ __forceinline__ void store_row_lines(const LlDispatchArgs& args, const LlCall& call, uint32_t token,
-                                                Outgoing<kFp8> out, uint64_t ranks) {
+                                                Outgoing<kFp8> out, Bits ranks) {
     constexpr uint32_t kParts = kFp8 ? 1 : 2;
     const LlShape& shape = args.common.shape;
     const uint32_t num_vecs = shape.hidden / (kFp8 ? 16 : 8), end = octets_end(num_vecs);
     const uint64_t row = token_lines(shape, args.common.window, shape.rank, token) + call.bank + shape.line_row_offset;
-    for (uint32_t unit = threadIdx.x; unit < end; unit += kParts * kLlThreads) {
+#pragma unroll 1
+    for (uint32_t unit = threadIdx.x; warp_begins_before(unit, end); unit += kParts * kLlThreads) {
         if (unit != threadIdx.x) cast_unit(args, load_unit<kFp8>(args, token, unit), out);
 #pragma unroll
         for (uint32_t part = 0; part < kParts; ++part) {
             const uint32_t vec = unit + part * kLlThreads;
-            if (vec >= end) continue;
+            if (!warp_begins_before(vec, end)) continue;
             const LinePair lines = fold(out.v[part], kFp8 ? out.sf : 0, call.epoch);
-            for (uint64_t left = ranks; left != 0; left &= left - 1) {
-                const int32_t rank = __ffsll(static_cast<long long>(left)) - 1;
+#pragma unroll 1
+            for (Bits left = ranks; left != 0;) {
+                const int32_t rank = static_cast<int32_t>(pop_bit(left));
                 Vec16* to = reinterpret_cast<Vec16*>(call.transport.peer_ptr(rank, row));
                 if (vec < num_vecs) store_line(to + vec, lines.own);
-                if (has_rest()) store_line(to + rest_line(num_vecs, vec), lines.rest);
+                if (vec < end && has_rest()) store_line(to + rest_line(num_vecs, vec), lines.rest);
             }
         }
     }
@@ -97,8 +97,9 @@ __device__ __forceinline__ void store_row_lines(const LlDispatchArgs& args, cons
 template <bool kFp8>
 __device__ void send_lines(const LlDispatchArgs& args, const LlCall& call, const Range& range, Held held,
                            Choices choices, uint32_t* table) {
+#pragma unroll 1
     for (uint32_t token = range.begin; token < range.end; ++token) {
-        const uint64_t ranks = ranks_of(args, call, choices);
+        const Bits ranks = ranks_of(call, choices);
         if (warp_index() == kAddressWarp) address_lines(args, call, token, choices, ranks, table);
         Outgoing<kFp8> out;
         cast_unit(args, held, out);

@@ -27,7 +27,7 @@ __device__ void receive_slot(const LlDispatchArgs& args, const LlCall& call, con
 template <bool kFp8>
 __device__ bool receive_first_slots(const LlDispatchArgs& args, const Range& range, const Outgoing<kFp8>& last,
                                     const Team& team, const Item& item, Presence presence, const uint8_t* slots,
-                                    const uint32_t* table, const Stay (*stays)[kLlMaxTopk], Targets* kept,
+                                    const uint32_t* table, const Stay (*stays)[kMostChoices], Targets* kept,
                                     Rows& rows) {
     const uint8_t* slot = slots + item.slot * args.common.shape.slot_bytes;
     Arrived arrived;
@@ -41,7 +41,7 @@ __device__ bool receive_first_slots(const LlDispatchArgs& args, const Range& ran
 // tell in the end how it comes.
 template <bool kFp8>
 __device__ void receive(const LlDispatchArgs& args, const LlCall& call, const Range& range, const Outgoing<kFp8>& last,
-                        uint32_t* table, const Stay (*stays)[kLlMaxTopk], bool expects_lines) {
+                        uint32_t* table, const Stay (*stays)[kMostChoices], bool expects_lines) {
     __shared__ Arrivals from;
     __shared__ Rows listed[kLlMaxTeams][2];
     __shared__ Targets kept[kDirectTokens];
@@ -70,11 +70,13 @@ __device__ void receive(const LlDispatchArgs& args, const LlCall& call, const Ra
         if (is_done) number += team.global_count();
     }
     uint32_t max_tokens = 0;
+#pragma unroll 1
     for (uint32_t rank = 0; rank < shape.num_ranks; ++rank) {
         max_tokens = max_of(max_tokens, tokens_of(from.header[rank]));
     }
     const uint32_t end = max_tokens * sources.count, step = team.global_count();
     bool is_waited_for = expects_lines;
+#pragma unroll 1
     for (uint32_t lined = team.global_index(); lined < end; lined += step, is_waited_for = false) {
         const Item item(shape, sources, lined);
         const uint32_t num_tokens = tokens_of(from.header[item.source]);
@@ -86,6 +88,7 @@ __device__ void receive(const LlDispatchArgs& args, const LlCall& call, const Ra
         store_lines<kFp8>(args, call, team, item, table, lines, listed[team.index][turn]);
         turn ^= 1;
     }
+#pragma unroll 1
     for (; number < end; number += step) {
         const Item item(shape, sources, number);
         const uint32_t num_tokens = tokens_of(from.header[item.source]);

@@ -13,13 +13,12 @@ constexpr uint32_t kDirectTokens = 4;  // tokens a block has at most, where rows
 
 // Where a row goes: slots of several ranks, or rows of several local experts.
 struct Targets {
-    uint64_t ranks;  // bit per rank, for slots
+    Bits ranks;  // for slots
     uint32_t count;
     uint32_t sf_stride;  // bytes from one word of scale factors to the next
-    uint8_t* row[kLlMaxTopk];
-    uint8_t* sf[kLlMaxTopk];
+    uint8_t* row[kMostChoices];
+    uint8_t* sf[kMostChoices];
 };
-static_assert(kLlMaxRanks <= kLlMaxTopk, "a token has as many slots at most");
 
 // The part of a row that a thread holds at once: 16 channels.
 struct Held {
@@ -67,8 +66,7 @@ constexpr uint32_t kLanesPerGroup = kGroupSize / 16;
 
 // By all lanes of a warp, some of which may hold nothing of the row.
 __device__ __forceinline__ void cast_unit(const LlDispatchArgs& args, const Held& held, Outgoing<true>& out) {
-    const uint32_t active = 0xffu << (lane_index() & ~(kLanesPerGroup - 1));
-    const float amax = __uint_as_float(lanes_max<kLanesPerGroup>(__float_as_uint(largest_bf16(held.v)), active));
+    const float amax = __uint_as_float(lanes_max<kLanesPerGroup>(__float_as_uint(largest_bf16(held.v))));
     const Fp8Scale scale = fp8_scale(amax, args.sf_format);
     out.sf = args.sf_format == kSfUe8m0 ? scale.exponent : scale.sf;
 #pragma unroll
@@ -116,9 +114,9 @@ template <bool kFp8>
 __device__ __forceinline__ void store_row(const LlDispatchArgs& args, uint32_t token, Outgoing<kFp8> out,
                                           const Targets& to) {
     const uint32_t units = args.common.shape.hidden / (kFp8 ? 16 : 8), stride = kFp8 ? kLlThreads : 2 * kLlThreads;
-    for (uint32_t unit = threadIdx.x; unit < units; unit += stride) {
+    for (uint32_t unit = threadIdx.x; warp_begins_before(unit, units); unit += stride) {
         if (unit != threadIdx.x) cast_unit(args, load_unit<kFp8>(args, token, unit), out);
-        store_unit(args, out, unit, to);
+        if (unit < units) store_unit(args, out, unit, to);
     }
 }
 

@@ -19,7 +19,7 @@ __device__ __forceinline__ uint64_t sum_lines_of(const LlShape& shape, const LlW
 __device__ void await_weights(const LlCombineArgs& args, const LlCall& call, const Team& team, uint32_t source,
                               uint64_t index, Terms& terms) {
     const uint32_t k = team.thread;
-    if (k >= kLlMaxTopk) return;
+    if (k >= kMostChoices) return;
     uint32_t weight = kSkippedWeight;
     if (terms.owes[k / kWarpSize] >> (k % kWarpSize) & 1) {
         const uint64_t* word = call.own_word(args.common.window.weights, index * args.common.shape.num_topk + k);
@@ -36,32 +36,32 @@ __device__ void push_lines(const LlCombineArgs& args, const LlCall& call, const 
                            Terms& terms) {
     const LlShape& shape = args.common.shape;
     const uint32_t row_vecs = shape.hidden / Bf16::kPerVec, end = octets_end(row_vecs);
-    const uint64_t owes = static_cast<uint64_t>(terms.owes[1]) << 32 | terms.owes[0];
+    const Bits owes = bits_of(terms.owes);
     const Vec16* x = pointer<const Vec16>(args.x);
     Vec16* out = reinterpret_cast<Vec16*>(call.transport.peer_ptr(
         source, sum_lines_of(shape, args.common.window, token, shape.rank) + call.bank));
     for (uint32_t base = part * team.threads; base < row_vecs; base += parts * team.threads) {
         const uint32_t vec = base + team.thread, inside = min_of(vec, row_vecs - 1);
         float sum[8] = {};
-        for (uint64_t left = owes; left != 0;) {
+        for (Bits left = owes; left != 0;) {
             Vec16 held[kRowsAtOnce];
-            uint64_t ahead = left;
+            Bits ahead = left;
 #pragma unroll
             for (uint32_t t = 0; t < kRowsAtOnce; ++t) {
                 if (ahead == 0) break;
-                held[t] = load_stream(x + (terms.row[pop_position(ahead)] * row_vecs + inside));
+                held[t] = load_stream(x + (terms.row[pop_bit(ahead)] * row_vecs + inside));
             }
             if (awaits_weights) {
                 await_weights(args, call, team, source, index, terms);
                 team.sync();
                 awaits_weights = false;
             }
-            const uint64_t valid = terms.bits();
+            const Bits valid = terms.bits();
 #pragma unroll
             for (uint32_t t = 0; t < kRowsAtOnce; ++t) {
                 if (left == 0) break;
-                const uint32_t k = pop_position(left);
-                if ((valid >> k & 1) == 0) continue;
+                const uint32_t k = pop_bit(left);
+                if (!has_bit(valid, k)) continue;
                 const float weight = terms.weight[k];
                 float values[8];
                 Bf16::unpack(held[t], values);
@@ -70,11 +70,10 @@ __device__ void push_lines(const LlCombineArgs& args, const LlCall& call, const 
             }
         }
         Vec16 value = Bf16::pack(sum);
-        if (args.use_logfmt && vec < row_vecs) value = cast_logfmt(value);
-        if (vec >= end) continue;
+        if (args.use_logfmt) value = cast_logfmt(value);
         const LinePair lines = fold(value, 0, call.epoch);
         if (vec < row_vecs) store_line(out + vec, lines.own);
-        if (has_rest()) store_line(out + rest_line(row_vecs, vec), lines.rest);
+        if (vec < end && has_rest()) store_line(out + rest_line(row_vecs, vec), lines.rest);
     }
 }
 
@@ -122,27 +121,28 @@ __device__ void add_lines(const LlCombineArgs& args, const LlCall& call, const T
     const Vec16* lines =
         reinterpret_cast<const Vec16*>(call.own_bytes(sum_lines_of(shape, args.common.window, token, 0)));
     Vec16* out = pointer<Vec16>(args.out) + static_cast<uint64_t>(token) * row_vecs;
-    for (uint32_t vec = part * team.threads + team.thread; vec < end; vec += parts * team.threads) {
+    for (uint32_t vec = part * team.threads + team.thread; warp_begins_before(vec, end); vec += parts * team.threads) {
         float sum[8] = {};
-        for (uint64_t left = terms.bits(); left != 0;) {
+        for (Bits left = terms.bits(); left != 0;) {
             SumLines sums;
             sums.missing = sums.count = 0;
 #pragma unroll
             for (uint32_t t = 0; t < kRanksAtOnce; ++t) {
                 if (left == 0) break;
-                sums.rank[t] = terms.row[pop_position(left)];
+                sums.rank[t] = terms.row[pop_bit(left)];
                 sums.count = t + 1;
                 if (vec < row_vecs) sums.missing |= 1u << t;
-                if (has_rest()) sums.missing |= 1u << (kRanksAtOnce + t);
+                if (vec < end && has_rest()) sums.missing |= 1u << (kRanksAtOnce + t);
             }
             await_sums(args, call, team, lines, row_vecs, vec, sums);
 #pragma unroll
             for (uint32_t t = 0; t < kRanksAtOnce; ++t) {
                 if (t >= sums.count) break;
-                if (__any_sync(octet_mask(), sums.missing & SumLines::bits_of(t))) continue;
+                const uint32_t lost = __ballot_sync(kFullMask, (sums.missing & SumLines::bits_of(t)) != 0);
                 uint32_t extra;
                 float values[8];
                 Bf16::unpack(unfold(sums.line[t], sums.line[kRanksAtOnce + t], extra), values);
+                if ((lost & octet_mask()) != 0) continue;
 #pragma unroll
                 for (int c = 0; c < 8; ++c) sum[c] = sum[c] + values[c];
             }

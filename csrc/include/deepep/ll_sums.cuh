@@ -12,24 +12,18 @@ constexpr uint32_t kVecsAtOnce = 2;   // vectors of each of them, a team apart
 // The rows that add up to one row, by top-k position, which positions count, and which there are at all: a rank whose
 // positions are all left out owes the home a row of zeros nevertheless.
 struct Terms {
-    uint32_t valid[2];
-    uint32_t owes[2];
-    int32_t row[kLlMaxTopk];
-    float weight[kLlMaxTopk];
-    __device__ uint64_t bits() const { return static_cast<uint64_t>(valid[1]) << 32 | valid[0]; }
+    uint32_t valid[kWords];
+    uint32_t owes[kWords];
+    int32_t row[kMostChoices];
+    float weight[kMostChoices];
+    __device__ Bits bits() const { return bits_of(valid); }
 };
 
-// All threads of the team's first two warps call it: keep whether position k counts.
+// All of the team's threads that may have a position call it: keep whether theirs counts.
 __device__ __forceinline__ void set_valid(const Team& team, bool is_valid, Terms& terms) {
-    if (team.thread >= kLlMaxTopk) return;
+    if (team.thread >= kMostChoices) return;
     const uint32_t bits = __ballot_sync(kFullMask, is_valid);
     if (lane_index() == 0) terms.valid[team.thread / kWarpSize] = bits;
-}
-
-__device__ __forceinline__ uint32_t pop_position(uint64_t& bits) {
-    const uint32_t k = __ffsll(static_cast<long long>(bits)) - 1;
-    bits &= bits - 1;
-    return k;
 }
 
 // Two vectors of a row.
@@ -41,14 +35,14 @@ struct Pair {
 template <bool kWeighted, typename Load>
 __device__ __forceinline__ Pair sum_terms(const Terms& terms, Load load) {
     float sum[kVecsAtOnce][8] = {};
-    for (uint64_t left = terms.bits(); left != 0;) {
+    for (Bits left = terms.bits(); left != 0;) {
         Pair held[kTermsAtOnce];
         float weight[kTermsAtOnce];
         uint32_t count = 0;
 #pragma unroll
         for (uint32_t t = 0; t < kTermsAtOnce; ++t) {
             if (left == 0) break;
-            const uint32_t k = pop_position(left);
+            const uint32_t k = pop_bit(left);
 #pragma unroll
             for (uint32_t i = 0; i < kVecsAtOnce; ++i) held[t].v[i] = load(k, i);
             if constexpr (kWeighted) weight[t] = terms.weight[k];
@@ -118,8 +112,9 @@ __device__ __forceinline__ OwnWeight load_weight(const LlCombineArgs& args, uint
 __device__ void send_weights(const LlCombineArgs& args, const LlCall& call, OwnWeight own) {
     const LlShape& shape = args.common.shape;
     const uint32_t num_choices = args.common.num_tokens * shape.num_topk;
+#pragma unroll 1
     for (uint32_t i = global_thread(); i < num_choices; own = load_weight(args, i)) {
-        const uint32_t owner = own.expert / shape.num_local_experts;
+        const uint32_t owner = owner_of(shape, own.expert);
         if (own.expert >= 0 && owner != shape.rank && !call.is_masked(owner)) {
             const uint64_t index = static_cast<uint64_t>(shape.rank) * shape.num_max_tokens * shape.num_topk + i;
             call.signal(owner, args.common.window.weights, index, own.left_out < 0 ? kSkippedWeight : own.weight);
@@ -166,7 +161,7 @@ __device__ __forceinline__ Choice load_choice(const LlCombineArgs& args, uint64_
 __device__ void list_terms(const LlCombineArgs& args, const LlCall& call, const Team& team, uint32_t source,
                            uint64_t index, Weights from, Choice choice, Terms& terms, bool waits) {
     const uint32_t k = team.thread;
-    if (k >= kLlMaxTopk) return;
+    if (k >= kMostChoices) return;
     if (from == Weights::kNone) choice.weight = 0;
     if (from == Weights::kOwn && choice.left_out < 0) choice.weight = kSkippedWeight;
     if (from == Weights::kSentNow && choice.row >= 0 && waits) {
@@ -180,10 +175,8 @@ __device__ void list_terms(const LlCombineArgs& args, const LlCall& call, const 
     set_valid(team, choice.row >= 0 && choice.weight != kSkippedWeight, terms);
 }
 
-// By the 16 lanes of a group.
-__device__ __noinline__ Vec16 cast_logfmt(const Vec16 value) {
-    return logfmt::roundtrip(value, 0xffffu << (lane_index() & 16));
-}
+// By a whole warp.
+__device__ __noinline__ Vec16 cast_logfmt(const Vec16 value) { return logfmt::roundtrip(value); }
 
 // Write a token's weighted sum to `out`: a slot of its home, or shared memory.
 __device__ void put_sum(const LlCombineArgs& args, const Team& team, const Terms& terms, Vec16* out) {
@@ -193,7 +186,8 @@ __device__ void put_sum(const LlCombineArgs& args, const Team& team, const Terms
         const Pair sum = sum_rows(args, terms, place);
 #pragma unroll
         for (uint32_t i = 0; i < kVecsAtOnce; ++i) {
-            if (place.is_inside[i]) out[place.vec[i]] = args.use_logfmt ? cast_logfmt(sum.v[i]) : sum.v[i];
+            const Vec16 value = args.use_logfmt ? cast_logfmt(sum.v[i]) : sum.v[i];
+            if (place.is_inside[i]) out[place.vec[i]] = value;
         }
     }
 }
@@ -201,13 +195,13 @@ __device__ void put_sum(const LlCombineArgs& args, const Team& team, const Terms
 // `out` is the slot of position 0.
 __device__ void push_copies(const LlCombineArgs& args, const Team& team, const Terms& terms, Vec16* out) {
     const uint32_t row_vecs = args.common.shape.hidden / Bf16::kPerVec;
-    for (uint64_t left = terms.bits(); left != 0;) {
-        const uint32_t k = pop_position(left);
+    for (Bits left = terms.bits(); left != 0;) {
+        const uint32_t k = pop_bit(left);
         const Vec16* in = pointer<const Vec16>(args.x) + static_cast<uint64_t>(terms.row[k]) * row_vecs;
-        for (uint32_t vec = team.thread; vec < row_vecs; vec += team.threads) {
-            Vec16 value = load_stream(in + vec);
+        for (uint32_t vec = team.thread; warp_begins_before(vec, row_vecs); vec += team.threads) {
+            Vec16 value = load_stream(in + min_of(vec, row_vecs - 1));
             if (args.use_logfmt) value = cast_logfmt(value);
-            out[static_cast<uint64_t>(k) * row_vecs + vec] = value;
+            if (vec < row_vecs) out[static_cast<uint64_t>(k) * row_vecs + vec] = value;
         }
     }
 }

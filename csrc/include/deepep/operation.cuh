@@ -7,13 +7,12 @@
 
 namespace deepep {
 
-constexpr uint32_t kMostTeams = 3;
-
-// Threads of a CTA that work together: whole warps, with a barrier of their own, below kMostTeams.
+// Threads of a CTA that work together: whole warps, with a barrier of their own.
 struct Team {
     uint32_t index, size, barrier;
 
     __device__ void sync() const { sync_threads(barrier, size); }
+    __device__ bool any(bool is_so) const { return any_thread(barrier, size, is_so); }
 };
 
 __device__ __forceinline__ Team whole_cta() { return {threadIdx.x, blockDim.x, 0}; }
@@ -73,14 +72,7 @@ struct Operation {
     __device__ bool failed() const { return *reinterpret_cast<volatile uint32_t*>(&control->error) != kOk; }
 
     // The same answer for the whole team, which meets here: what follows may have barriers.
-    __device__ bool has_failed() const {
-        __shared__ uint32_t answers[kMostTeams];
-        if (team.index == 0) answers[team.barrier] = failed();
-        team.sync();
-        const bool answer = answers[team.barrier] != 0;
-        team.sync();
-        return answer;
-    }
+    __device__ bool has_failed() const { return team.any(team.index == 0 && failed()); }
 
     __device__ void host_word(int index, uint32_t value) const {
         store_relaxed_sys(pointer<uint64_t>(window.host) + index, make_word(window.ticket, value));
@@ -139,20 +131,15 @@ struct Operation {
 
     // All CTAs' teams; the n-th barrier of a kernel. They are few enough to be resident together.
     __device__ bool grid_barrier(uint32_t n) const {
-        __shared__ uint32_t passed;
+        bool is_late = false;
         team.sync();
         if (team.index == 0) {
             add_acq_rel_gpu(&control->arrivals, 1);
-            passed = 1;
-            for (uint32_t spins = 1; load_acquire_gpu(&control->arrivals) < n * gridDim.x; ++spins) {
-                if (spins % 64 == 0 && global_timer_ns() > deadline) {
-                    passed = 0;
-                    break;
-                }
+            for (uint32_t spins = 1; !is_late && load_acquire_gpu(&control->arrivals) < n * gridDim.x; ++spins) {
+                is_late = spins % 64 == 0 && global_timer_ns() > deadline;
             }
         }
-        team.sync();
-        return passed != 0;
+        return !team.any(is_late);
     }
 
     // One CTA tells every peer about this rank. psum: inclusive, of own compact rows by source (combine), or null.
@@ -210,11 +197,9 @@ struct Operation {
     // Every CTA leaves here. `closes`: the operation ends with this kernel. `has_readers`: peers may still be reading this
     // rank's window; as soon as the kernel is over, anything may be written there.
     __device__ void leave(bool closes, bool has_readers) const {
-        __shared__ uint32_t is_last;
-        __syncwarp();  // lanes may come from loops of different lengths, and a barrier takes whole warps
-        __syncthreads();
-        if (threadIdx.x == 0) is_last = add_acq_rel_gpu(&control->exits, 1) == gridDim.x - 1;
-        __syncthreads();
+        const Team all = whole_cta();
+        all.sync();
+        const bool is_last = all.any(all.index == 0 && add_acq_rel_gpu(&control->exits, 1) == gridDim.x - 1);
         if (!is_last) return;
         if (closes) {
             for (uint32_t peer = threadIdx.x; peer < window.num_ranks; peer += blockDim.x) {

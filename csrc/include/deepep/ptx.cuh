@@ -57,6 +57,19 @@ __device__ __forceinline__ void sync_threads(uint32_t barrier, uint32_t num_thre
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
 }
 
+// The same, and whether it is so for any of these threads. Nothing in shared memory is needed to agree.
+__device__ __forceinline__ bool any_thread(uint32_t barrier, uint32_t num_threads, bool is_so) {
+    uint32_t result;
+    __syncwarp();
+    asm volatile(
+        "{\n .reg .pred mine, some;\n setp.ne.u32 mine, %1, 0;\n bar.red.or.pred some, %2, %3, mine;\n"
+        " selp.u32 %0, 1, 0, some;\n}"
+        : "=r"(result)
+        : "r"(static_cast<uint32_t>(is_so)), "r"(barrier), "r"(num_threads)
+        : "memory");
+    return result != 0;
+}
+
 __device__ __forceinline__ void fence_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 // Between ordinary accesses and bulk copies of the same global memory, in either direction.

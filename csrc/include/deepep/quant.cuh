@@ -12,12 +12,13 @@ constexpr float kFp8AmaxMin = 1e-4f;
 
 enum SfFormat : uint32_t { kSfNone = 0, kSfFloat32 = 1, kSfPow2 = 2, kSfUe8m0 = 3 };
 
-// The largest (or, complemented, smallest) value among a power of two of neighbouring lanes, all of them active.
+// The largest (or, complemented, smallest) value among a power of two of neighbouring lanes. The whole warp calls it:
+// which lanes a shuffle is for costs dearly to find out, unless it is all of them.
 template <int kLanes>
-__device__ __forceinline__ uint32_t lanes_max(uint32_t value, uint32_t active) {
+__device__ __forceinline__ uint32_t lanes_max(uint32_t value) {
 #pragma unroll
     for (int step = kLanes / 2; step > 0; step /= 2) {
-        value = max_of(value, __shfl_xor_sync(active, value, step));
+        value = max_of(value, __shfl_xor_sync(kFullMask, value, step));
     }
     return value;
 }
@@ -132,12 +133,12 @@ __device__ __forceinline__ uint32_t roundtrip_one(uint32_t bits, int32_t lo, flo
     return sign | ((static_cast<uint32_t>(log >> 16) << 7) + mantissa_of(log & (kOctave - 1)));
 }
 
-// What a receiver sees of 8 values sent as LogFMT-10. The 16 lanes of a group call it together.
-__device__ __forceinline__ Vec16 roundtrip(const Vec16& v, uint32_t active) {
+// What a receiver sees of 8 values sent as LogFMT-10; 16 lanes are a group. The whole warp calls it.
+__device__ __forceinline__ Vec16 roundtrip(const Vec16& v) {
     uint32_t amin, amax;
     lane_range(v, amin, amax);
-    amax = lanes_max<16>(amax, active);
-    amin = min_of(0x7fff - lanes_max<16>(0x7fff - amin, active), amax);
+    amax = lanes_max<16>(amax);
+    amin = min_of(0x7fff - lanes_max<16>(0x7fff - amin), amax);
     if (amax >= kBf16One) return v;
     const int32_t hi = log_of(amax), lo = max_of(log_of(amin), hi - kMaxOctaves * kOctave);
     const float width = static_cast<float>(max_of(hi - lo, 1));

@@ -45,6 +45,10 @@ __device__ __forceinline__ T* pointer(uint64_t address) {
 }
 
 __device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % kWarpSize; }
+// For loops that a warp leaves as a whole: whether any lane's index, in steps of one, is less than `end`.
+__device__ __forceinline__ bool warp_begins_before(uint32_t index, uint32_t end) {
+    return index - static_cast<uint32_t>(lane_index()) < end;
+}
 __device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x) / kWarpSize; }
 
 }  // namespace deepep
