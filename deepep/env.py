@@ -53,9 +53,9 @@ def debug() -> bool:
 
 
 def ll_line_tokens(default: int) -> int:
-    """`DEEPEP_LL_LINE_TOKENS`: up to how many tokens of a rank travel with their flags inside; 0 = never.
+    """`DEEPEP_LL_LINE_TOKENS`: up to how many tokens a rank dispatches with their flags inside; 0 = never.
 
-    Ranks take the smallest value among them. Raises:
+    Sums of half as many come back like this. Ranks take the smallest value among them. Raises:
         InvalidArgument: it is not a whole number of at least 0.
     """
     text = _text("DEEPEP_LL_LINE_TOKENS")

@@ -25,8 +25,8 @@ else:
 
 _REDUCTIONS = {item.value: item for item in Reduction}
 
-# Of which a low-latency window is made: up to so many tokens travel as lines, 11 of them for 8 vectors of a row.
-_LINE_TOKENS, _OCTET_BYTES, _OCTET_LINE_BYTES = 32, 8 * 16, 11 * 16
+# Of which a low-latency window is made: few tokens travel as lines, 11 of them for 8 vectors of a row.
+_LINE_TOKENS_OF_ALL_RANKS, _OCTET_BYTES, _OCTET_LINE_BYTES = 256, 8 * 16, 11 * 16
 _MAX_TOPK, _CHOICE_BYTES, _WORD_BYTES = 64, 16, 8
 _STATE_BYTES, _NUM_ARRAYS, _ALIGNMENT = 4096, 11, 128
 
@@ -56,11 +56,13 @@ class LowLatencyMixin(_Base):
         check_experts("get_low_latency_rdma_size_hint", num_experts, num_ranks)
         num_rows, row_bytes = num_ranks * num_max_dispatch_tokens_per_rank, 2 * hidden
         # Tests compare this with the division of the window, which belongs to backends that are not imported here.
-        line_tokens = min(env.ll_line_tokens(_LINE_TOKENS), num_max_dispatch_tokens_per_rank)
+        wanted = env.ll_line_tokens(_LINE_TOKENS_OF_ALL_RANKS // num_ranks)
+        line_tokens = min(wanted, num_max_dispatch_tokens_per_rank)
         line_bytes = align(-(-row_bytes // _OCTET_BYTES) * _OCTET_LINE_BYTES, _ALIGNMENT)
         slot_bytes = align(row_bytes + _CHOICE_BYTES * _MAX_TOPK, _ALIGNMENT)
         bank = num_rows * (slot_bytes + row_bytes + _WORD_BYTES * (_MAX_TOPK + 2))
-        bank += num_ranks * line_tokens * (2 * line_bytes + _CHOICE_BYTES * _MAX_TOPK)
+        bank += num_ranks * line_tokens * (line_bytes + _CHOICE_BYTES * _MAX_TOPK)
+        bank += num_ranks * -(-line_tokens // 2) * line_bytes
         bank += _WORD_BYTES * (num_experts + 3 * num_ranks) + _NUM_ARRAYS * _ALIGNMENT
         return _STATE_BYTES + 2 * align(bank, _ALIGNMENT)
 

@@ -22,7 +22,7 @@ struct Debt {
 };
 
 __device__ __forceinline__ bool is_lined(const LlCombineArgs& args, uint32_t num_tokens) {
-    return !args.is_per_copy && is_lined(args.common.shape, num_tokens);
+    return !args.is_per_copy && num_tokens <= args.common.shape.combine_line_tokens;
 }
 
 // The choice of the team's first debt, whose source may turn out not to have that many tokens.

@@ -8,15 +8,13 @@ namespace {
 
 template <bool kFp8>
 __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table) {
-    __shared__ Stay stays[kDirectTokens][kMostChoices];
+    __shared__ Stay stays[kKeptTokens][kMostChoices];
     const LlCommon& common = args.common;
     const uint64_t credits = common.window.dispatch_credits;
     const Range range(args);
     const bool is_sending = (common.phases & kLlSend) != 0, is_receiving = (common.phases & kLlRecv) != 0;
-    // Rows that stay skip the window where one launch does everything and blocks can remember their tokens.
-    // As lines they take the window like all others: nobody has to wait for them, and all are laid out at once.
     const bool as_lines = is_lined(common.shape, common.num_tokens);
-    const bool is_direct = !as_lines && is_sending && is_receiving && range.per_block <= kDirectTokens;
+    Stay(*kept)[kMostChoices] = args.keeps_own ? stays : nullptr;
     Outgoing<kFp8> last;
     if (is_sending) {
         const uint32_t num_scanned = (range.is_publisher ? common.num_tokens : range.begin) * common.shape.num_topk;
@@ -38,16 +36,16 @@ __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table) {
             if (range.begin < range.end) clear(args, table);
         }
         if (as_lines) {
-            send_lines<kFp8>(args, call, range, held, choices, table);
+            last = send_lines<kFp8>(args, call, range, held, choices, table, kept);
         } else {
-            last = send<kFp8>(args, call, range, held, choices, table, is_direct ? stays : nullptr);
+            last = send<kFp8>(args, call, range, held, choices, table, kept);
         }
         __syncthreads();
     } else {
         call.prepare(credits, common.call_epoch);
         call.begin(common.call_epoch);
     }
-    if (is_receiving) receive<kFp8>(args, call, range, last, table, is_direct ? stays : nullptr, as_lines);
+    if (is_receiving) receive<kFp8>(args, call, range, last, table, kept, as_lines);
     call.end();
 }
 

@@ -62,14 +62,20 @@ class Grids:
         rows_per_block = MAX_TEAM // team
         return min(max_blocks, max(tokens + 1, -(-num_rows // rows_per_block))), team
 
-    def lines(self, kernel: int, num_tokens: int, num_sms: int, row_vecs: int, is_combine: bool) -> tuple[int, int]:
-        """Choose the same where rows are lines: one vector per thread, and a rank's own rows are like the others'.
+    def has_block_per_row(self, kernel: int, num_tokens: int, num_sms: int) -> bool:
+        """Whether each row of each rank can have a block of its own: then a rank's own ones best go like the others."""
+        return self._likely_tokens(num_tokens) * self.shape.num_ranks <= self._block_limit(kernel, num_sms)
+
+    def lines(
+        self, kernel: int, num_tokens: int, num_sms: int, row_vecs: int, is_combine: bool, keeps_own: bool
+    ) -> tuple[int, int]:
+        """Choose the same where rows are lines: one vector per thread.
 
         In combine several teams may share a row, and those that add up need not have sent before.
         """
         max_blocks = self._block_limit(kernel, num_sms)
         tokens = self._likely_tokens(num_tokens)
-        num_rows = tokens * self.shape.num_ranks
+        num_rows = tokens * max(self.shape.num_ranks - keeps_own, 1)
         team = MAX_TEAM
         while team > MIN_TEAM and (team >= 2 * row_vecs or max_blocks * (MAX_TEAM // team) < num_rows):
             team //= 2

@@ -13,6 +13,8 @@ MAX_RANKS = 64
 MAX_TOPK = 64
 NUM_BANKS = 2
 NUM_THREADS = 512
+KEPT_TOKENS = 4
+"""Tokens a block of dispatch sends at most, if rows that stay on the rank are to skip the window."""
 SEND, RECV = 1, 2
 
 SPARE_BYTES = 1 << 20
@@ -21,8 +23,10 @@ _CHOICE_BYTES = 16
 _SLOT_ALIGNMENT = 128
 _OCTET_BYTES, _OCTET_LINE_BYTES = 8 * 16, 11 * 16  # of a row, and of the lines that hold them
 
-DEFAULT_LINE_TOKENS = 32
-"""Up to how many tokens a rank sends them as lines; more are better off with a third less bytes and a fence."""
+
+def default_line_tokens(num_ranks: int) -> int:
+    """Up to how many tokens a rank sends as lines; with more ranks the link has more to carry, and lines carry more."""
+    return 256 // num_ranks
 
 
 class Kernels(NamedTuple):
@@ -73,8 +77,9 @@ class LlShape(ctypes.Structure):
         {
             "rank num_ranks num_experts num_local_experts num_topk hidden": ctypes.c_uint32,
             "num_max_tokens num_slots slot_bytes choice_offset": ctypes.c_uint32,
-            "line_tokens dispatch_line_bytes combine_line_bytes line_row_offset": ctypes.c_uint32,
-            "local_experts_magic ranks_magic others_magic pad": ctypes.c_uint32,
+            "dispatch_line_tokens combine_line_tokens": ctypes.c_uint32,
+            "dispatch_line_bytes combine_line_bytes line_row_offset": ctypes.c_uint32,
+            "local_experts_magic ranks_magic others_magic": ctypes.c_uint32,
         }
     )
 
@@ -99,7 +104,7 @@ class LlDispatchArgs(ctypes.Structure):
         *_fields(
             {
                 "x topk_idx topk_weights recv_x recv_sf recv_count src_info layout_range recv_stats": ctypes.c_uint64,
-                "sf_format tokens_per_block": ctypes.c_uint32,
+                "sf_format tokens_per_block keeps_own pad": ctypes.c_uint32,
             }
         ),
     ]
@@ -145,7 +150,7 @@ class Shape:
         num_max_tokens: M.
         hidden: H, channels of bf16.
         per_copy: room for a row per choice of a token, not only per rank.
-        line_tokens: up to how many tokens of a rank travel as lines, whose flags are inside.
+        line_tokens: up to how many tokens of a rank travel as lines, whose flags are inside; None for the usual number.
     """
 
     num_ranks: int
@@ -154,7 +159,7 @@ class Shape:
     num_max_tokens: int
     hidden: int
     per_copy: bool = False
-    line_tokens: int = DEFAULT_LINE_TOKENS
+    line_tokens: int | None = None
 
     @property
     def num_local_experts(self) -> int:
@@ -182,9 +187,15 @@ class Shape:
         return align(self.choice_offset + _CHOICE_BYTES * self.num_topk, _SLOT_ALIGNMENT)
 
     @property
-    def num_line_tokens(self) -> int:
-        """P, tokens of a rank for whose lines there is room."""
-        return min(self.line_tokens, self.num_max_tokens)
+    def dispatch_line_tokens(self) -> int:
+        """P, up to how many tokens a rank sends as lines."""
+        wanted = default_line_tokens(self.num_ranks) if self.line_tokens is None else self.line_tokens
+        return min(wanted, self.num_max_tokens)
+
+    @property
+    def combine_line_tokens(self) -> int:
+        """Q, up to how many tokens a rank gets sums of as lines: half as many, since bf16 sums have twice the bytes."""
+        return -(-self.dispatch_line_tokens // 2)
 
     @property
     def line_row_offset(self) -> int:
@@ -233,8 +244,8 @@ def divide(shape: Shape) -> Division:
     }
     sizes = {name: 8 * count for name, count in words.items()}
     # Lines, like words, must never show an epoch that is not theirs, so they are cleaned like words.
-    sizes["dispatch_lines"] = ranks * shape.num_line_tokens * shape.dispatch_line_bytes
-    sizes["combine_lines"] = shape.num_line_tokens * ranks * shape.combine_line_bytes
+    sizes["dispatch_lines"] = ranks * shape.dispatch_line_tokens * shape.dispatch_line_bytes
+    sizes["combine_lines"] = shape.combine_line_tokens * ranks * shape.combine_line_bytes
     first_slot_name = "dispatch_slots"
     sizes[first_slot_name] = ranks * tokens * shape.slot_bytes
     sizes["combine_slots"] = tokens * shape.num_slots * 2 * shape.hidden

@@ -132,7 +132,8 @@ def mix_lines_and_slots(group: Any, line_tokens: int, num_seeds: int) -> int:
     num_wrong = 0
     for seed in range(num_seeds):
         decoder.draw(seed)
-        choices = (0, 1, line_tokens, min(line_tokens + 1, MAX_TOKENS), MAX_TOKENS)
+        half = -(-line_tokens // 2)  # as many get their sums as lines
+        choices = (0, 1, half, half + 1, line_tokens, min(line_tokens + 1, MAX_TOKENS), MAX_TOKENS)
         decoder.num_tokens = random.Random(f"{seed} {decoder.rank}").choice(choices)
         got = decoder.step(weights_ahead=seed % 2 == 0, use_hook=seed % 3 == 0)
         num_wrong += not torch.equal(got.view(torch.int16), decoder.expected().view(torch.int16))

@@ -13,7 +13,7 @@ import pytest
 from deepep import env
 from deepep.cuda import compile_cli, driver, jit, launch, sources
 from deepep.cuda.kernels import kernel_specs
-from deepep.cuda.ll_structs import CLEAN
+from deepep.cuda.ll_structs import NARROW
 from deepep.errors import BackendUnavailable, InvalidArgument
 
 
@@ -60,7 +60,7 @@ def test_unknown_names_are_refused() -> None:
 
 @needs_nvrtc
 def test_a_kernel_is_compiled_once(cache: Path) -> None:
-    first, second = jit.compile_kernel(CLEAN, "sm_90"), jit.compile_kernel(CLEAN, "sm_90")
+    first, second = jit.compile_kernel(NARROW.clean, "sm_90"), jit.compile_kernel(NARROW.clean, "sm_90")
     assert (first.was_cached, second.was_cached) == (False, True)
     assert first.path.parent == cache == env.cache_dir()
     assert first.path.stat().st_size == first.num_bytes > 0
@@ -69,8 +69,12 @@ def test_a_kernel_is_compiled_once(cache: Path) -> None:
 
 @needs_nvrtc
 def test_the_cache_knows_architectures_and_defines(cache: Path) -> None:
-    other = jit.KernelSpec(CLEAN.name, CLEAN.source, defines=(("X", 1),))
-    paths = {jit.cache_path(CLEAN, "sm_90"), jit.cache_path(CLEAN, "sm_80"), jit.cache_path(other, "sm_90")}
+    other = jit.KernelSpec(NARROW.clean.name, NARROW.clean.source, defines=(("X", 1),))
+    paths = {
+        jit.cache_path(NARROW.clean, "sm_90"),
+        jit.cache_path(NARROW.clean, "sm_80"),
+        jit.cache_path(other, "sm_90"),
+    }
     assert len(paths) == 3
     assert {path.parent for path in paths} == {cache}
 
@@ -79,7 +83,7 @@ def test_the_cache_knows_architectures_and_defines(cache: Path) -> None:
 @pytest.mark.usefixtures("cache")
 def test_failures_say_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendUnavailable, match="sm_1"):
-        jit.compile_kernel(CLEAN, "sm_1")
+        jit.compile_kernel(NARROW.clean, "sm_1")
     for folder in ("include/deepep", "kernels", "transports"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "transports/p2p.cuh").write_text("")

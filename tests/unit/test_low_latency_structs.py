@@ -50,6 +50,22 @@ def test_limits_agree(constant: str, value: int) -> None:
     assert int(found.group(1)) == value == ll_structs.MAX_RANKS == ll_structs.MAX_TOPK
 
 
+def test_rows_that_stay_are_kept_by_as_many_tokens_as_kernels_have_room_for() -> None:
+    found = re.search(r"kKeptTokens = (\d+)", (source_root() / "include" / "deepep" / "ll_rows.cuh").read_text())
+    assert found is not None
+    assert int(found.group(1)) == ll_structs.KEPT_TOKENS
+
+
+@pytest.mark.parametrize(("most_divisor", "end"), [(64, 1 << 26), ((1 << 16) - 1, 1 << 16)])
+def test_multiplication_divides(most_divisor: int, end: int) -> None:
+    for divisor in {*range(1, 65), most_divisor - 1, most_divisor}:
+        magic, last = ll_structs.magic(divisor), (end - 1) // divisor
+        assert magic < 1 << 32
+        for quotient in {*range(min(last, 50)), *range(max(last - 50, 0), last + 1)}:
+            for n in (quotient * divisor, min(quotient * divisor + divisor - 1, end - 1)):
+                assert (n if magic == 0 else n * magic >> 32) == n // divisor
+
+
 @pytest.mark.parametrize(
     "shape",
     [
@@ -72,8 +88,8 @@ def test_arrays_follow_each_other_without_overlap(shape: Shape) -> None:
         "arrived": 8 * tokens * shape.num_slots,
         "weights": 8 * ranks * tokens * shape.num_topk,
         "combine_credits": 8 * ranks,
-        "dispatch_lines": ranks * shape.num_line_tokens * shape.dispatch_line_bytes,
-        "combine_lines": shape.num_line_tokens * ranks * shape.combine_line_bytes,
+        "dispatch_lines": ranks * shape.dispatch_line_tokens * shape.dispatch_line_bytes,
+        "combine_lines": shape.combine_line_tokens * ranks * shape.combine_line_bytes,
         "dispatch_slots": ranks * tokens * shape.slot_bytes,
         "combine_slots": tokens * shape.num_slots * 2 * shape.hidden,
     }

@@ -37,7 +37,7 @@ struct LlWindow {
     uint64_t weights;           // [R, M * K] per token of each source and choice: bits of the weight
     uint64_t combine_credits;   // [R]
     uint64_t dispatch_lines;    // [R, P] per token of each source: K of LlChoice, then the row and scale factors
-    uint64_t combine_lines;     // [P, R] rows
+    uint64_t combine_lines;     // [Q, R] rows
     uint64_t dispatch_slots;    // [R, M] payload, scale factors, then K of LlChoice
     uint64_t combine_slots;     // [M, S] rows
     uint64_t bank_stride;
@@ -60,11 +60,11 @@ struct LlShape {
     uint32_t num_slots;       // S, terms a token has room for
     uint32_t slot_bytes;      // of a dispatch slot
     uint32_t choice_offset;   // of the choices inside it
-    uint32_t line_tokens;     // P: a rank with at most so many tokens sends, and gets, lines
+    uint32_t dispatch_line_tokens;  // P: a rank with at most so many tokens sends them as lines
+    uint32_t combine_line_tokens;   // Q: and gets their sums as lines
     uint32_t dispatch_line_bytes, combine_line_bytes;  // of one token, and of one row
     uint32_t line_row_offset;                          // of the row among the lines of a token
     uint32_t local_experts_magic, ranks_magic, others_magic;  // for divide(); others: the ranks but this one
-    uint32_t pad;
 };
 
 enum LlPhase : uint32_t { kLlSend = 1, kLlRecv = 2 };
@@ -102,6 +102,8 @@ struct LlDispatchArgs {
     uint64_t recv_stats;    // [L] int32, added to, or null
     uint32_t sf_format;
     uint32_t tokens_per_block;  // of those that send
+    uint32_t keeps_own;         // rows that stay here skip the window, where one launch does everything
+    uint32_t pad;
 };
 
 struct LlCombineArgs {
@@ -114,7 +116,7 @@ struct LlCombineArgs {
     uint32_t is_per_copy;
     uint32_t use_logfmt;
     uint32_t has_sent_weights;  // this rank's dispatch carried the weights
-    uint32_t keeps_own;  // sums of its own tokens stay in shared memory, [team, H]; else they go through the window
+    uint32_t keeps_own;  // sums of its own tokens do not go through the window
     uint32_t debt_parts, home_parts;  // teams that share a row of lines where it is sent, and where it is added up
     uint32_t debt_parts_magic, home_parts_magic;
 };

@@ -100,10 +100,10 @@ struct Lines {
 
 __device__ __forceinline__ uint32_t tokens_of(uint32_t header) { return header & ~kHasWeights; }
 
-// Whether a rank with so many tokens sends them as lines, and gets their sums as lines. All ranks know this of each
-// other without asking: a header tells the tokens, and the limit is the same everywhere.
+// Whether a rank with so many tokens sends them as lines. All ranks know this of each other without asking: a header
+// tells the tokens, and the limit is the same everywhere.
 __device__ __forceinline__ bool is_lined(const LlShape& shape, uint32_t num_tokens) {
-    return num_tokens <= shape.line_tokens;
+    return num_tokens <= shape.dispatch_line_tokens;
 }
 
 }  // namespace deepep

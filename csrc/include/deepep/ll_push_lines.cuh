@@ -9,7 +9,7 @@ namespace deepep {
 
 __device__ __forceinline__ uint64_t token_lines(const LlShape& shape, const LlWindow& window, uint32_t source,
                                                 uint32_t token) {
-    const uint64_t index = static_cast<uint64_t>(source) * shape.line_tokens + token;
+    const uint64_t index = static_cast<uint64_t>(source) * shape.dispatch_line_tokens + token;
     return window.dispatch_lines + index * shape.dispatch_line_bytes;
 }
 
@@ -29,9 +29,10 @@ __device__ __forceinline__ Bits ranks_of(const LlCall& call, Choices& choices) {
     return any_bits(mine);
 }
 
-// By the address warp: the token's choices, to its ranks; the others learn that it does not come. `table` counts on.
+// By the address warp: the token's choices, to its ranks; the others learn that it does not come. `table` counts on. With
+// `stays`, which is not for `ranks`, it gets the choices of this rank's own experts.
 __device__ void address_lines(const LlDispatchArgs& args, const LlCall& call, uint32_t token, const Choices& choices,
-                              Bits ranks, uint32_t* table) {
+                              Bits ranks, uint32_t* table, Stay* stays) {
     const LlShape& shape = args.common.shape;
     const LlWindow& window = args.common.window;
     const uint32_t lane = lane_index();
@@ -62,7 +63,11 @@ __device__ void address_lines(const LlDispatchArgs& args, const LlCall& call, ui
     for (uint32_t i = 0; i < kWords; ++i) {
         const uint32_t k = lane + i * kWarpSize;
         const int32_t expert = choices.owner[i] < 0 ? -1 : choices.expert[i];
-        if (k < shape.num_topk) pointer<int32_t>(args.common.home_topk)[token * shape.num_topk + k] = expert;
+        if (k >= shape.num_topk) continue;
+        pointer<int32_t>(args.common.home_topk)[token * shape.num_topk + k] = expert;
+        const int32_t local = expert - static_cast<int32_t>(shape.rank * shape.num_local_experts);
+        const bool is_here = choices.owner[i] == static_cast<int32_t>(shape.rank);
+        if (stays != nullptr) stays[k] = {is_here ? local : -1, position[i]};
     }
 }
 
@@ -95,13 +100,17 @@ __device__ __forceinline__ void store_row_lines(const LlDispatchArgs& args, cons
 
 // As send(), `choices` being every warp's.
 template <bool kFp8>
-__device__ void send_lines(const LlDispatchArgs& args, const LlCall& call, const Range& range, Held held,
-                           Choices choices, uint32_t* table) {
+__device__ Outgoing<kFp8> send_lines(const LlDispatchArgs& args, const LlCall& call, const Range& range, Held held,
+                           Choices choices, uint32_t* table, Stay (*stays)[kMostChoices]) {
+    const Bits kept = stays != nullptr ? Bits{1} << args.common.shape.rank : 0;
+    Outgoing<kFp8> out;
 #pragma unroll 1
     for (uint32_t token = range.begin; token < range.end; ++token) {
-        const Bits ranks = ranks_of(call, choices);
-        if (warp_index() == kAddressWarp) address_lines(args, call, token, choices, ranks, table);
-        Outgoing<kFp8> out;
+        const Bits ranks = ranks_of(call, choices) & ~kept;
+        if (warp_index() == kAddressWarp) {
+            address_lines(args, call, token, choices, ranks, table,
+                          stays != nullptr ? stays[token - range.begin] : nullptr);
+        }
         cast_unit(args, held, out);
         if (token + 1 < range.end) {
             choices = load_choices(args, token + 1, true);
@@ -110,6 +119,7 @@ __device__ void send_lines(const LlDispatchArgs& args, const LlCall& call, const
         }
         store_row_lines<kFp8>(args, call, token, out, ranks);
     }
+    return out;
 }
 
 }  // namespace deepep

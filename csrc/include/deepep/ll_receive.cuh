@@ -38,13 +38,13 @@ __device__ bool receive_first_slots(const LlDispatchArgs& args, const Range& ran
 }
 
 // `expects_lines`: look for each team's first token as lines while counts are waited for, else in its slot. Headers
-// tell in the end how it comes.
+// tell in the end how it comes. With `stays` this rank's own rows are laid out first, as soon as counts are there.
 template <bool kFp8>
 __device__ void receive(const LlDispatchArgs& args, const LlCall& call, const Range& range, const Outgoing<kFp8>& last,
                         uint32_t* table, const Stay (*stays)[kMostChoices], bool expects_lines) {
     __shared__ Arrivals from;
     __shared__ Rows listed[kLlMaxTeams][2];
-    __shared__ Targets kept[kDirectTokens];
+    __shared__ Targets kept[kKeptTokens];
     const LlShape& shape = args.common.shape;
     const Sources sources(shape, stays != nullptr);
     const Team team(args.common.team_threads);
@@ -52,17 +52,19 @@ __device__ void receive(const LlDispatchArgs& args, const LlCall& call, const Ra
     uint32_t number = team.global_index(), turn = 0;
     const Item first(shape, sources, number);
     TokenLines lines(args, call, team, first, 0, vecs_of<kFp8>(shape));
-    if (expects_lines) {
-        if (first.token >= shape.line_tokens) lines.missing = 0;
+    bool is_waited_for = expects_lines && stays == nullptr;
+    if (is_waited_for) {
+        if (first.token >= shape.dispatch_line_tokens) lines.missing = 0;
         await_lines(args, call, team, first, lines, table, &from);
         await_counts(args, call, threadIdx.x + kLlThreads, table, from);
         __syncthreads();
     } else {
         if (team.thread == team.threads - 1) {
+            const bool looks = sources.count != 0 && !expects_lines;
             from.first[team.index] =
-                sources.count == 0 ? Presence::kAbsent : look_for_first(args, call, first, stays != nullptr);
+                looks ? look_for_first(args, call, first, stays != nullptr) : Presence::kUnknown;
         }
-        if (threadIdx.x < kDirectTokens) kept[threadIdx.x].count = 0;
+        if (threadIdx.x < kKeptTokens) kept[threadIdx.x].count = 0;
         await_counts(args, call, threadIdx.x, table, from);
         __syncthreads();
         const bool is_done = receive_first_slots<kFp8>(args, range, last, team, first, from.first[team.index], slots,
@@ -75,7 +77,6 @@ __device__ void receive(const LlDispatchArgs& args, const LlCall& call, const Ra
         max_tokens = max_of(max_tokens, tokens_of(from.header[rank]));
     }
     const uint32_t end = max_tokens * sources.count, step = team.global_count();
-    bool is_waited_for = expects_lines;
 #pragma unroll 1
     for (uint32_t lined = team.global_index(); lined < end; lined += step, is_waited_for = false) {
         const Item item(shape, sources, lined);

@@ -9,7 +9,7 @@ namespace deepep {
 
 constexpr uint32_t kTokensPerFence = 4;                   // tokens a block sends before it says that they are there
 constexpr int kAddressWarp = kLlThreads / kWarpSize - 1;  // the one with the least of a row to cast
-constexpr uint32_t kDirectTokens = 4;  // tokens a block has at most, where rows that stay here skip the window
+constexpr uint32_t kKeptTokens = 4;  // a block sends at most, where rows that stay here skip the window
 
 // Where a row goes: slots of several ranks, or rows of several local experts.
 struct Targets {

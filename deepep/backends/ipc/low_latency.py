@@ -44,7 +44,7 @@ class LowLatency:
             )
         self._group, self._options, self._device = group, options, device
         self._ranks_per_gpu = ranks_per_gpu
-        wanted = env.ll_line_tokens(ll_structs.DEFAULT_LINE_TOKENS)
+        wanted = env.ll_line_tokens(ll_structs.default_line_tokens(group.num_ranks))
         # Everybody must know how the others' tokens come.
         self._line_tokens: int = min(
             group.all_gather_object(wanted, op="build the low-latency window", timeout=options.timeout)
