@@ -25,13 +25,15 @@ class Grids:
         if self.table_bytes > 48 << 10:
             dispatch.set_max_smem(self.table_bytes)
         self.keeps_own = self._prepare_own_sums(combine)
-        self._max_blocks = {
-            kernel.handle: self._resident_blocks(kernel, smem, ranks_per_gpu)
+        self._blocks_per_sm = {
+            kernel.handle: max(1, kernel.blocks_per_sm(ll_structs.NUM_THREADS, smem))
             for kernel, smem in (
                 (dispatch, self.table_bytes),
                 (combine, self.own_bytes(MIN_TEAM) if self.keeps_own else 0),
             )
         }
+        # Kernels that wait for peers need all of their blocks to run at once, and all of the peers'.
+        self._num_sms = driver.device_attribute("CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT", device) / ranks_per_gpu
 
     def own_bytes(self, team: int) -> int:
         """Shared memory for the sums of a rank's own tokens, one row per team."""
@@ -45,11 +47,6 @@ class Grids:
         kernel.set_max_smem(most)
         blocks = kernel.blocks_per_sm(ll_structs.NUM_THREADS, most)
         return blocks >= kernel.blocks_per_sm(ll_structs.NUM_THREADS, 0)
-
-    def _resident_blocks(self, kernel: jit.Kernel, smem: int, ranks_per_gpu: int) -> int:
-        """Blocks that certainly run at once: kernels that wait for peers need all of theirs, and all of the peers'."""
-        num_sms = driver.device_attribute("CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT", self._device)
-        return max(1, num_sms * kernel.blocks_per_sm(ll_structs.NUM_THREADS, smem) // ranks_per_gpu)
 
     def usual(self, kernel: int, num_tokens: int, num_sms: int) -> tuple[int, int]:
         """Choose blocks and threads per team: as many threads on a row as leave every row a team of its own."""
@@ -84,8 +81,7 @@ class Grids:
         return min(max_blocks, max(tokens + 1, -(-num_items // rows_per_block))), team
 
     def _block_limit(self, kernel: int, num_sms: int) -> int:
-        max_blocks = self._max_blocks[kernel]
-        return max(1, min(max_blocks, 2 * num_sms)) if num_sms else max_blocks
+        return max(1, int(min(self._num_sms, num_sms or self._num_sms) * self._blocks_per_sm[kernel]))
 
     def _likely_tokens(self, num_tokens: int) -> int:
         """Tokens to choose a grid for: the other ranks may have more than this one."""

@@ -33,7 +33,7 @@ __device__ __forceinline__ uint64_t load_relaxed_sys(const uint64_t* address) {
     return value;
 }
 
-// n / d for n < 2^26 and d <= 64, or both < 2^16. The host has made `magic` of d: 2^32 / d rounded up, 0 for 1.
+// n / d where their product is less than 2^32. The host has made `magic` of d: 2^32 / d rounded up, 0 for 1.
 __device__ __forceinline__ uint32_t divide(uint32_t n, uint32_t magic) { return magic == 0 ? n : __umulhi(n, magic); }
 
 __device__ __forceinline__ uint32_t owner_of(const LlShape& shape, uint32_t expert) {
