@@ -16,6 +16,7 @@ NUM_THREADS = 512
 KEPT_TOKENS = 4
 """Tokens a block of dispatch sends at most, if rows that stay on the rank are to skip the window."""
 SEND, RECV = 1, 2
+BAD_INDEX = 4
 
 SPARE_BYTES = 1 << 20
 _STATE_BYTES = 4096

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -109,7 +110,8 @@ class Status:
             )
         if code == Code.BAD_INDEX:
             raise InvalidArgument(
-                f"{op}: index {theirs} is out of range; it must be below {ours} (found on the device)"
+                f"{op}: index {ctypes.c_int32(theirs).value} is out of range; it must be below {ours} (found on the "
+                "device)"
             )
         first_rank, second_rank = sorted((self.rank, other))
         said = {self.rank: describe(field, ours), other: describe(field, theirs)}

@@ -4,14 +4,7 @@
 
 #include <deepep/types.cuh>
 
-#ifndef DEEPEP_CHECK_INDICES
-#define DEEPEP_CHECK_INDICES 0
-#endif
-
 namespace deepep {
-
-// The debug switch: look at every index before it is used.
-constexpr bool kChecksIndices = DEEPEP_CHECK_INDICES != 0;
 
 constexpr int kMaxRanks = 64;
 constexpr int kMaxTopk = 64;

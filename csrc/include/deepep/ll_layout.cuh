@@ -67,12 +67,14 @@ struct LlShape {
     uint32_t local_experts_magic, ranks_magic, others_magic;  // for divide(); others: the ranks but this one
 };
 
+constexpr uint32_t kLlBadIndex = 4;  // in status[0]: an expert is out of range, [1 + R] says which
+
 enum LlPhase : uint32_t { kLlSend = 1, kLlRecv = 2 };
 
 struct LlCommon {
     uint64_t peer_table;
     uint64_t own_base;  // of this rank's window
-    uint64_t status;    // pinned: [0] op that gave up (kLlOp + 1), [1 + r] rank r was not heard from
+    uint64_t status;    // pinned: [0] op that gave up (LlOp + 1) or kLlBadIndex, [1 + r] rank r was not heard from
     uint64_t timeout_ns;
     LlWindow window;
     LlShape shape;

@@ -7,6 +7,20 @@ namespace deepep {
 
 constexpr uint32_t kScansAtOnce = 2;  // choices a thread holds before it counts them
 
+// Choice `at` of this rank's tokens; -1 is none.
+__device__ __forceinline__ int32_t load_expert(const LlDispatchArgs& args, uint64_t at) {
+    const int64_t expert = pointer<const int64_t>(args.topk_idx)[at];
+    if constexpr (kChecksIndices) {
+        if (expert < -1 || expert >= args.common.shape.num_experts) {
+            uint64_t* status = pointer<uint64_t>(args.common.status);
+            store_relaxed_sys(status + 1 + args.common.shape.num_ranks, static_cast<uint32_t>(expert));
+            store_release_sys(status, kLlBadIndex);
+            return -1;
+        }
+    }
+    return static_cast<int32_t>(expert);
+}
+
 struct Scan {
     int32_t expert[kScansAtOnce];
 };
@@ -17,7 +31,7 @@ __device__ __forceinline__ Scan load_scan(const LlDispatchArgs& args, uint32_t f
 #pragma unroll
     for (uint32_t i = 0; i < kScansAtOnce; ++i) {
         const uint32_t at = first + i * kLlThreads + threadIdx.x;
-        scan.expert[i] = at < end ? static_cast<int32_t>(pointer<const int64_t>(args.topk_idx)[at]) : -1;
+        scan.expert[i] = at < end ? load_expert(args, at) : -1;
     }
     return scan;
 }
@@ -75,7 +89,7 @@ __device__ __forceinline__ Choices load_choices(const LlDispatchArgs& args, uint
     for (uint32_t i = 0; i < kWords; ++i) {
         const uint32_t k = lane_index() + i * kWarpSize;
         if (!(by_all || warp_index() == kAddressWarp) || k >= shape.num_topk) continue;
-        choices.expert[i] = static_cast<int32_t>(pointer<const int64_t>(args.topk_idx)[first + k]);
+        choices.expert[i] = load_expert(args, first + k);
         if (args.topk_weights != 0) choices.weight[i] = pointer<const float>(args.topk_weights)[first + k];
     }
     return choices;

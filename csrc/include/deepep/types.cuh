@@ -3,7 +3,14 @@
 
 #include <stdint.h>
 
+#ifndef DEEPEP_CHECK_INDICES
+#define DEEPEP_CHECK_INDICES 0
+#endif
+
 namespace deepep {
+
+// The debug switch: look at every index before it is used.
+constexpr bool kChecksIndices = DEEPEP_CHECK_INDICES != 0;
 
 constexpr int kWarpSize = 32;
 constexpr uint32_t kFullMask = 0xffffffffu;

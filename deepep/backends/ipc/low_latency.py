@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import replace
 from typing import Any
 
@@ -51,7 +52,7 @@ class LowLatency:
         )
         num_bytes = options.num_rdma_bytes + ll_structs.SPARE_BYTES
         self._memory = SymmetricMemory(group, num_bytes, device, options.timeout)
-        self._status = HostWords(8 * (1 + group.num_ranks))
+        self._status = HostWords(8 * (2 + group.num_ranks))
         self._engine: LowLatencyEngine | None = None
         self._next_combine_x: torch.Tensor | None = None
         self._pending: tuple[int, ...] = ()
@@ -157,6 +158,10 @@ class LowLatency:
         status = self._status.host
         if not self._memory.is_alive:
             raise BufferDestroyed("low_latency: this buffer was destroyed; build a new one")
+        if status[0] == ll_structs.BAD_INDEX:
+            index = ctypes.c_int32(int(status[1 + self._group.num_ranks])).value
+            status[0] = 0
+            raise InvalidArgument(f"low_latency_dispatch: expert {index} is out of range (found on the device)")
         if status[0] != 0:
             missing = [rank for rank in range(self._group.num_ranks) if status[1 + rank] != 0]
             raise CommTimeout(_OPS[int(status[0]) - 1], missing, self._options.timeout)
