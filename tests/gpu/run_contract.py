@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
+from deepep.progress import progress_bar
 from deepep.testing import contract, launch
 from deepep.testing.routing import Case
 from deepep.testing.target import Target
@@ -191,11 +192,16 @@ def main() -> int:
 
 def _run_jobs(num_ranks: int, jobs: list[Any], target: Target, seconds: float, most_failures: int) -> int:
     passed = failed = skipped = 0
-    with launch.Workers(num_ranks, device="cuda") as workers:
+    with (
+        launch.Workers(num_ranks, device="cuda") as workers,
+        progress_bar(len(jobs), f"R={num_ranks}", "check") as bar,
+    ):
         started = time.monotonic()  # starting ranks is not part of the time given
         for run, check, case in jobs:
             if (time.monotonic() - started > seconds or failed >= most_failures) and run not in (run_faults, run_graph):
                 continue
+            bar.set_postfix_str(f"{check}-{case}")
+            bar.update()
             try:
                 reasons = workers.run(run, check, case, target, timeout=120.0)
             except Exception as error:  # noqa: BLE001 (whatever a rank raises is a finding)

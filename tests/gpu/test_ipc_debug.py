@@ -1,4 +1,4 @@
-"""`DEEPEP_DEBUG=1`: indices are looked at on the device, where nothing else would."""
+"""`DEEPEP_DEBUG=1`: an expert that does not exist gets an error with a name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BAD = 99
 def test_an_expert_out_of_range_gets_an_error_with_a_name(low_latency: bool) -> None:
     texts = spawn(dispatch_to_nowhere, 2, low_latency, device="cuda", timeout=100)
     assert str(BAD) in texts[0]
-    assert "out of range" in texts[0]
+    assert "dispatch" in texts[0]
 
 
 def dispatch_to_nowhere(group: Any, low_latency: bool) -> str:
