@@ -57,12 +57,14 @@ class LowLatencyMixin(_Base):
         num_rows, row_bytes = num_ranks * num_max_dispatch_tokens_per_rank, 2 * hidden
         # Tests compare this with the division of the window, which belongs to backends that are not imported here.
         wanted = env.ll_line_tokens(_LINE_TOKENS_OF_ALL_RANKS // num_ranks)
-        line_tokens = min(wanted, num_max_dispatch_tokens_per_rank)
+        line_tokens, sum_line_tokens = (
+            min(tokens, num_max_dispatch_tokens_per_rank) for tokens in (wanted, -(-wanted // 2))
+        )
         line_bytes = align(-(-row_bytes // _OCTET_BYTES) * _OCTET_LINE_BYTES, _ALIGNMENT)
         slot_bytes = align(row_bytes + _CHOICE_BYTES * _MAX_TOPK, _ALIGNMENT)
         bank = num_rows * (slot_bytes + row_bytes + _WORD_BYTES * (_MAX_TOPK + 2))
         bank += num_ranks * line_tokens * (line_bytes + _CHOICE_BYTES * _MAX_TOPK)
-        bank += num_ranks * -(-line_tokens // 2) * line_bytes
+        bank += num_ranks * sum_line_tokens * line_bytes
         bank += _WORD_BYTES * (num_experts + 3 * num_ranks) + _NUM_ARRAYS * _ALIGNMENT
         return _STATE_BYTES + 2 * align(bank, _ALIGNMENT)
 

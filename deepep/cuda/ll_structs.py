@@ -190,13 +190,16 @@ class Shape:
     @property
     def dispatch_line_tokens(self) -> int:
         """P, up to how many tokens a rank sends as lines."""
-        wanted = default_line_tokens(self.num_ranks) if self.line_tokens is None else self.line_tokens
-        return min(wanted, self.num_max_tokens)
+        return min(self._wanted_line_tokens, self.num_max_tokens)
 
     @property
     def combine_line_tokens(self) -> int:
         """Q, up to how many tokens a rank gets sums of as lines: half as many, since bf16 sums have twice the bytes."""
-        return -(-self.dispatch_line_tokens // 2)
+        return min(-(-self._wanted_line_tokens // 2), self.num_max_tokens)
+
+    @property
+    def _wanted_line_tokens(self) -> int:
+        return default_line_tokens(self.num_ranks) if self.line_tokens is None else self.line_tokens
 
     @property
     def line_row_offset(self) -> int:

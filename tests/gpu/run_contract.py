@@ -33,7 +33,7 @@ def larger_cases(num_ranks: int) -> dict[str, Case]:
         "k64": replace(wide, num_topk=64, pattern="uniform"),
         "many": replace(many, num_tokens=tuple(2100 - 613 * (rank % 3) for rank in range(num_ranks))),
         "many_fp8": replace(many, dtype=torch.float8_e4m3fn, num_sf=8),
-        "laps": replace(many, hidden=16384, num_tokens=(700,) * num_ranks, num_max_tokens_per_rank=700),
+        "laps": replace(many, hidden=16384, num_topk=4, num_tokens=(700,) * num_ranks, num_max_tokens_per_rank=700),
     }
 
 

@@ -133,3 +133,9 @@ def test_the_size_hint_follows_the_limit_of_lines(line_tokens: int, monkeypatch:
 
 def test_a_large_decode_window_is_under_100_mb() -> None:
     assert divide(Shape(8, 288, 8, 128, 7168)).num_bytes < hint(128, 7168, 8, 288) < 100e6
+
+
+@pytest.mark.parametrize(("num_max_tokens", "sent", "summed"), [(8, 8, 8), (100, 100, 64), (500, 128, 64)])
+def test_few_tokens_travel_as_lines_and_half_as_many_come_back(num_max_tokens: int, sent: int, summed: int) -> None:
+    shape = Shape(2, 8, 2, num_max_tokens, 512)
+    assert (shape.dispatch_line_tokens, shape.combine_line_tokens) == (sent, summed)
