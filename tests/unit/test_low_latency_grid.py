@@ -1,0 +1,68 @@
+"""How many blocks low-latency kernels get: no more than run at once, and one per row while there are enough."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from deepep.cuda import driver
+from deepep.cuda.ll_grid import MAX_TEAM, MIN_TEAM, Grids
+from deepep.cuda.ll_structs import Shape
+
+NUM_SMS, DISPATCH, COMBINE = 132, 1, 2
+ROW_VECS = 7168 // 16
+
+
+class FakeKernel:
+    shared_bytes = 8 << 10
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+
+    def set_max_smem(self, num_bytes: int) -> None:
+        pass
+
+    def blocks_per_sm(self, _num_threads: int, _smem: int) -> int:
+        return 1
+
+
+@pytest.fixture(autouse=True)
+def _an_h200(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT": NUM_SMS}
+    monkeypatch.setattr(driver, "device_attribute", lambda name, _device: values.get(name, 227 << 10))
+
+
+def make_grids(num_ranks: int, num_max_tokens: int, ranks_per_gpu: int = 1) -> Grids:
+    kernels: Any = FakeKernel(DISPATCH), FakeKernel(COMBINE)
+    return Grids(Shape(num_ranks, 256, 8, num_max_tokens, 7168), 0, ranks_per_gpu, *kernels)
+
+
+def test_few_rows_have_a_block_each() -> None:
+    grids = make_grids(2, 128)
+    assert grids.has_block_per_row(DISPATCH, 8, 0)
+    assert grids.lines(DISPATCH, 8, 0, ROW_VECS, is_combine=False, keeps_own=False) == (16, MAX_TEAM)
+
+
+def test_more_rows_than_blocks_leave_out_those_that_stay() -> None:
+    grids = make_grids(2, 128)
+    assert not grids.has_block_per_row(DISPATCH, 128, 0)
+    assert grids.lines(DISPATCH, 128, 0, ROW_VECS, is_combine=False, keeps_own=True) == (129, MAX_TEAM)
+    assert grids.usual(DISPATCH, 128, 0) == (129, MAX_TEAM)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 7, 32, 128, 4000])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8, 64])
+@pytest.mark.parametrize(("ranks_per_gpu", "num_sms"), [(1, 0), (1, 24), (2, 0), (8, 0), (8, 2), (200, 0)])
+def test_all_blocks_run_at_once(num_tokens: int, num_ranks: int, ranks_per_gpu: int, num_sms: int) -> None:
+    grids = make_grids(num_ranks, 4096, ranks_per_gpu)
+    most = max(1, min(NUM_SMS // ranks_per_gpu, num_sms or NUM_SMS))
+    found = [grids.usual(kernel, num_tokens, num_sms) for kernel in (DISPATCH, COMBINE)]
+    for keeps_own in (False, True):
+        found += [
+            grids.lines(kernel, num_tokens, num_sms, ROW_VECS, is_combine=kernel == COMBINE, keeps_own=keeps_own)
+            for kernel in (DISPATCH, COMBINE)
+        ]
+    for num_blocks, team in found:
+        assert 1 <= num_blocks <= most
+        assert team in (MIN_TEAM, 2 * MIN_TEAM, MAX_TEAM)
