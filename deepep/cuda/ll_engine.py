@@ -7,8 +7,9 @@ lives on the device, so launches can be captured in CUDA graphs and mixed with e
 from __future__ import annotations
 
 import ctypes
+import functools
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
@@ -23,24 +24,14 @@ from deepep.backends.base import (
 )
 from deepep.cuda import driver, jit, ll_structs
 from deepep.cuda.launch import runtime
-from deepep.cuda.ll_grid import MAX_TEAM, Grids
+from deepep.cuda.ll_grid import Grids
 from deepep.cuda.ll_state import LlRouting, StateParts, identity
 from deepep.cuda.ll_structs import Division, LlCleanArgs, LlCombineArgs, LlCommon, LlDispatchArgs, LlShape, Shape, magic
 from deepep.errors import InvalidArgument
 from deepep.quant import FP8_DTYPE, GROUP_SIZE, SfFormat
 
 _SF_CODES = {None: 0, SfFormat.FLOAT32: 1, SfFormat.POW2: 2, SfFormat.UE8M0: 3}
-_MOST_PLANS = 256
-
-
-class DispatchPlan(NamedTuple):
-    """What dispatches of as many tokens have in common: how they are launched, and the division of the state."""
-
-    num_blocks: int
-    team: int
-    tokens_per_block: int
-    keeps_own: bool
-    parts: StateParts
+_MOST_DIVISIONS = 256
 
 
 class Window(Protocol):
@@ -123,7 +114,7 @@ class LowLatencyEngine:
         self._combine_args = LlCombineArgs(common=self._common)
         self._runtime = runtime()
         self._empty: dict[int, torch.Tensor] = {}
-        self._plans: dict[tuple[int, int, bool, bool], DispatchPlan] = {}
+        self._divide_state = functools.lru_cache(_MOST_DIVISIONS)(functools.partial(StateParts.divide, shape))
 
     def clean(self, with_barrier: bool) -> None:
         """Bring the window's words and epochs back to their first state, on the current stream."""
@@ -140,8 +131,9 @@ class LowLatencyEngine:
         shape, x, sf_format = self.shape, request.x, request.sf_format
         num_ranks, num_local, hidden = shape.num_ranks, shape.num_local_experts, shape.hidden
         room = num_ranks * shape.num_max_tokens
-        plan = self._dispatch_plan(x.shape[0], request.num_sms, sf_format, request.split_phases)
-        parts = plan.parts
+        num_tokens, row_vecs = x.shape[0], hidden // (8 if sf_format is None else 16)
+        grid = self._grids.dispatch(num_tokens, request.num_sms, row_vecs, request.split_phases)
+        parts = self._divide_state(num_tokens)
         routing = LlRouting.make(request, shape, parts)
         state, recv_sf = routing.state, None
         dtype = x.dtype if sf_format is None else FP8_DTYPE
@@ -158,10 +150,10 @@ class LowLatencyEngine:
         common = args.common
         routing.address(common)
         common.wait_stats = _pointer(request.wait_recv_cost_stats)
-        common.team_threads, common.num_tokens = plan.team, x.shape[0]
-        args.tokens_per_block, args.keeps_own = plan.tokens_per_block, plan.keeps_own
+        common.team_threads, common.num_tokens = grid.team, num_tokens
+        args.tokens_per_block, args.keeps_own = grid.tokens_per_block, grid.keeps_own
         kernel, kept = self._dispatch_kernel.handle, (request, recv_x, recv_sf, routing)
-        launch = _Launch(self, kernel, plan.num_blocks, self._grids.table_bytes, args, kept)
+        launch = _Launch(self, kernel, grid.num_blocks, self._grids.table_bytes, args, kept)
         finish = launch.start(request.split_phases)
         return DispatchResult(
             x=recv_x,
@@ -178,29 +170,6 @@ class LowLatencyEngine:
             finish=finish,
         )
 
-    def _dispatch_plan(
-        self, num_tokens: int, num_sms: int, sf_format: SfFormat | None, split_phases: bool
-    ) -> DispatchPlan:
-        key = (num_tokens, num_sms, sf_format is None, split_phases)
-        plan = self._plans.get(key)
-        if plan is None:
-            kernel, shape, grids = self._dispatch_kernel.handle, self.shape, self._grids
-            keeps_own = not split_phases
-            if num_tokens <= shape.dispatch_line_tokens:
-                row_vecs = shape.hidden // (8 if sf_format is None else 16)
-                keeps_own &= not grids.has_block_per_row(kernel, num_tokens, num_sms)
-                grid = grids.lines(kernel, num_tokens, num_sms, row_vecs, is_combine=False, keeps_own=keeps_own)
-            else:
-                grid = grids.usual(kernel, num_tokens, num_sms)
-            if len(self._plans) >= _MOST_PLANS:
-                self._plans.clear()
-            tokens_per_block = -(-num_tokens // max(grid[0] - 1, 1))
-            keeps_own &= tokens_per_block <= ll_structs.KEPT_TOKENS
-            plan = self._plans[key] = DispatchPlan(
-                *grid, tokens_per_block, keeps_own, StateParts.divide(shape, num_tokens)
-            )
-        return plan
-
     def combine(self, request: CombineRequest, x: torch.Tensor) -> CombineResult:
         """Serve a combine request of padded rows `x` [L, R*M, H]."""
         routing: LlRouting = request.routing.private
@@ -215,34 +184,15 @@ class LowLatencyEngine:
         args.topk_idx, args.topk_weights = _pointer(request.scale_topk_idx), _pointer(request.scale_topk_weights)
         args.is_per_copy, args.use_logfmt = int(is_per_copy), int(request.use_logfmt)
         args.has_sent_weights = int(routing.sent is not None)
-        is_lined = routing.num_tokens <= self.shape.combine_line_tokens and not is_per_copy
-        kernel, grids = self._combine_kernel.handle, self._grids
-        # Between two launches the caller may change x, so then its own sums travel like the others. So they do as
-        # lines: blocks that wait for other rows anyway would make them later than blocks of their own do.
-        args.keeps_own = keeps_own = int(
-            grids.keeps_own and not is_per_copy and not is_lined and not request.split_phases
-        )
+        grid = self._grids.combine(routing.num_tokens, request.num_sms, is_per_copy, request.split_phases)
+        args.keeps_own, args.debt_parts, args.home_parts = grid.keeps_own, grid.debt_parts, grid.home_parts
+        args.debt_parts_magic, args.home_parts_magic = magic(grid.debt_parts), magic(grid.home_parts)
         common = args.common
         routing.address(common)
         common.wait_stats = _pointer(request.wait_recv_cost_stats)
-        common.num_tokens = routing.num_tokens
-        args.debt_parts = args.home_parts = 1
-        if is_lined:
-            row_vecs = self.shape.hidden // 8
-            num_blocks, team = grids.lines(
-                kernel, routing.num_tokens, request.num_sms, row_vecs, is_combine=True, keeps_own=False
-            )
-            # Ranks need not agree on these: a line does not tell who sent it.
-            most, num_teams = -(-row_vecs // team), num_blocks * (MAX_TEAM // team)
-            num_rows = max(routing.num_tokens, 1)
-            args.debt_parts = max(1, min(most, num_teams // (num_rows * self.shape.num_ranks)))
-            args.home_parts = max(1, min(most, num_teams // num_rows))
-        else:
-            num_blocks, team = grids.usual(kernel, routing.num_tokens, request.num_sms)
-        args.debt_parts_magic, args.home_parts_magic = magic(args.debt_parts), magic(args.home_parts)
-        common.team_threads = team
-        smem = grids.own_bytes(team) if keeps_own else 0
-        launch = _Launch(self, kernel, num_blocks, smem, args, (request, x, out, epoch))
+        common.team_threads, common.num_tokens = grid.team, routing.num_tokens
+        kernel = self._combine_kernel.handle
+        launch = _Launch(self, kernel, grid.num_blocks, grid.smem, args, (request, x, out, epoch))
         return CombineResult(out, None, launch.start(request.split_phases))
 
     def _check_combine(self, request: CombineRequest, routing: LlRouting, is_per_copy: bool) -> None:

@@ -1,88 +1,135 @@
-"""How many blocks low-latency kernels run with, and how many threads work on a row."""
+"""How many blocks low-latency kernels run with, how many threads work on a row, and whose rows skip the window."""
 
 from __future__ import annotations
+
+import functools
+from typing import NamedTuple
 
 from deepep.cuda import driver, jit, ll_structs
 from deepep.cuda.ll_structs import Shape
 
 MIN_TEAM, MAX_TEAM = 128, ll_structs.NUM_THREADS
+_MOST_GRIDS = 256
+
+
+class DispatchGrid(NamedTuple):
+    """How a dispatch is launched; `team` threads work on a row, `keeps_own`: rows that stay skip the window."""
+
+    num_blocks: int
+    team: int
+    tokens_per_block: int
+    keeps_own: bool
+
+
+class CombineGrid(NamedTuple):
+    """The same of a combine, with bytes of shared memory, and teams that share a row to send and a row to add up."""
+
+    num_blocks: int
+    team: int
+    smem: int
+    keeps_own: bool
+    debt_parts: int
+    home_parts: int
 
 
 class Grids:
     """Chooses grids for one shape on one device.
 
     Attributes:
-        keeps_own: sums of a rank's own tokens fit shared memory without keeping blocks from running side by side.
         table_bytes: shared memory of dispatch.
+        dispatch: `_dispatch`, each answer kept.
+        combine: `_combine`, likewise.
     """
 
     def __init__(
         self, shape: Shape, device: int, ranks_per_gpu: int, dispatch: jit.Kernel, combine: jit.Kernel
     ) -> None:
-        self.shape = shape
-        self._device = device
+        self._shape = shape
         self.table_bytes = 4 * shape.num_experts
         if self.table_bytes > 48 << 10:
             dispatch.set_max_smem(self.table_bytes)
-        self.keeps_own = self._prepare_own_sums(combine)
-        self._blocks_per_sm = {
-            kernel.handle: max(1, kernel.blocks_per_sm(ll_structs.NUM_THREADS, smem))
-            for kernel, smem in (
-                (dispatch, self.table_bytes),
-                (combine, self.own_bytes(MIN_TEAM) if self.keeps_own else 0),
-            )
-        }
+        self._can_keep_own = self._prepare_own_sums(combine, device)
+        own_bytes = self._own_bytes(MIN_TEAM) if self._can_keep_own else 0
+        self._dispatch_blocks = max(1, dispatch.blocks_per_sm(ll_structs.NUM_THREADS, self.table_bytes))
+        self._combine_blocks = max(1, combine.blocks_per_sm(ll_structs.NUM_THREADS, own_bytes))
         # Kernels that wait for peers need all of their blocks to run at once, and all of the peers'.
         self._num_sms = driver.device_attribute("CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT", device) / ranks_per_gpu
+        self.dispatch = functools.lru_cache(_MOST_GRIDS)(self._dispatch)
+        self.combine = functools.lru_cache(_MOST_GRIDS)(self._combine)
 
-    def own_bytes(self, team: int) -> int:
+    def _own_bytes(self, team: int) -> int:
         """Shared memory for the sums of a rank's own tokens, one row per team."""
-        return MAX_TEAM // team * 2 * self.shape.hidden
+        return MAX_TEAM // team * 2 * self._shape.hidden
 
-    def _prepare_own_sums(self, kernel: jit.Kernel) -> bool:
-        most = self.own_bytes(MIN_TEAM)
-        limit = driver.device_attribute("CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN", self._device)
+    def _prepare_own_sums(self, kernel: jit.Kernel, device: int) -> bool:
+        """Whether these sums fit shared memory without keeping blocks from running side by side."""
+        most = self._own_bytes(MIN_TEAM)
+        limit = driver.device_attribute("CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN", device)
         if most + kernel.shared_bytes > limit:
             return False
         kernel.set_max_smem(most)
         blocks = kernel.blocks_per_sm(ll_structs.NUM_THREADS, most)
         return blocks >= kernel.blocks_per_sm(ll_structs.NUM_THREADS, 0)
 
-    def usual(self, kernel: int, num_tokens: int, num_sms: int) -> tuple[int, int]:
-        """Choose blocks and threads per team: as many threads on a row as leave every row a team of its own."""
-        max_blocks = self._block_limit(kernel, num_sms)
-        tokens = self._likely_tokens(num_tokens)
-        num_rows = tokens * max(self.shape.num_ranks - 1, 1)
-        team = MAX_TEAM
-        while team > MIN_TEAM and max_blocks * (MAX_TEAM // team) < num_rows:
-            team //= 2
-        rows_per_block = MAX_TEAM // team
-        return min(max_blocks, max(tokens + 1, -(-num_rows // rows_per_block))), team
+    def _dispatch(self, num_tokens: int, num_sms: int, row_vecs: int, split_phases: bool) -> DispatchGrid:
+        """Choose for a dispatch of T tokens whose rows are so many vectors of 16 bytes."""
+        most, tokens = self._most_blocks(self._dispatch_blocks, num_sms), self._likely_tokens(num_tokens)
+        keeps_own = not split_phases
+        if num_tokens <= self._shape.dispatch_line_tokens:
+            # While there is a block for each row of each rank, a rank's own ones best go like the others.
+            keeps_own &= tokens * self._shape.num_ranks > most
+            num_rows = tokens * max(self._shape.num_ranks - keeps_own, 1)
+            team = _team(most, num_rows, row_vecs)
+            num_blocks = _num_blocks(most, tokens, num_rows, team)
+        else:
+            num_blocks, team = self._usual(most, tokens)
+        tokens_per_block = -(-num_tokens // max(num_blocks - 1, 1))
+        return DispatchGrid(
+            num_blocks, team, tokens_per_block, keeps_own and tokens_per_block <= ll_structs.KEPT_TOKENS
+        )
 
-    def has_block_per_row(self, kernel: int, num_tokens: int, num_sms: int) -> bool:
-        """Whether each row of each rank can have a block of its own: then a rank's own ones best go like the others."""
-        return self._likely_tokens(num_tokens) * self.shape.num_ranks <= self._block_limit(kernel, num_sms)
+    def _combine(self, num_tokens: int, num_sms: int, is_per_copy: bool, split_phases: bool) -> CombineGrid:
+        """Choose for a combine that brings T tokens home."""
+        most, tokens = self._most_blocks(self._combine_blocks, num_sms), self._likely_tokens(num_tokens)
+        if num_tokens <= self._shape.combine_line_tokens and not is_per_copy:
+            # A rank's own sums go like the others: blocks that wait for other rows anyway would make them late. Several
+            # teams share a row, since a line does not tell who sent it, and those that add up need not have sent.
+            row_vecs, num_rows = self._shape.hidden // 8, tokens * self._shape.num_ranks
+            team = _team(most, num_rows, row_vecs)
+            parts = -(-row_vecs // team)
+            num_blocks = _num_blocks(most, tokens, (num_rows + tokens) * parts, team)
+            teams_per_token = num_blocks * (MAX_TEAM // team) // max(num_tokens, 1)
+            debt_parts, home_parts = (
+                max(1, min(parts, teams)) for teams in (teams_per_token // self._shape.num_ranks, teams_per_token)
+            )
+            return CombineGrid(num_blocks, team, 0, False, debt_parts, home_parts)
+        num_blocks, team = self._usual(most, tokens)
+        # Between two launches the caller may change the rows, so then its own sums travel like the others.
+        keeps_own = self._can_keep_own and not is_per_copy and not split_phases
+        return CombineGrid(num_blocks, team, self._own_bytes(team) if keeps_own else 0, keeps_own, 1, 1)
 
-    def lines(
-        self, kernel: int, num_tokens: int, num_sms: int, row_vecs: int, is_combine: bool, keeps_own: bool
-    ) -> tuple[int, int]:
-        """Choose the same where rows are lines: one vector per thread.
+    def _usual(self, most: int, tokens: int) -> tuple[int, int]:
+        """Choose blocks and threads per team for rows that stand behind flags."""
+        num_rows = tokens * max(self._shape.num_ranks - 1, 1)
+        team = _team(most, num_rows)
+        return _num_blocks(most, tokens, num_rows, team), team
 
-        In combine several teams may share a row, and those that add up need not have sent before.
-        """
-        max_blocks = self._block_limit(kernel, num_sms)
-        tokens = self._likely_tokens(num_tokens)
-        num_rows = tokens * max(self.shape.num_ranks - keeps_own, 1)
-        team = MAX_TEAM
-        while team > MIN_TEAM and (team >= 2 * row_vecs or max_blocks * (MAX_TEAM // team) < num_rows):
-            team //= 2
-        num_items = (num_rows + tokens) * -(-row_vecs // team) if is_combine else num_rows
-        rows_per_block = MAX_TEAM // team
-        return min(max_blocks, max(tokens + 1, -(-num_items // rows_per_block))), team
-
-    def _block_limit(self, kernel: int, num_sms: int) -> int:
-        return max(1, int(min(self._num_sms, num_sms or self._num_sms) * self._blocks_per_sm[kernel]))
+    def _most_blocks(self, blocks_per_sm: int, num_sms: int) -> int:
+        return max(1, int(min(self._num_sms, num_sms or self._num_sms) * blocks_per_sm))
 
     def _likely_tokens(self, num_tokens: int) -> int:
         """Tokens to choose a grid for: the other ranks may have more than this one."""
-        return max(num_tokens, self.shape.num_max_tokens // 16, 1)
+        return max(num_tokens, self._shape.num_max_tokens // 16, 1)
+
+
+def _team(most: int, num_rows: int, row_vecs: int = MAX_TEAM) -> int:
+    """Choose threads per team: as many as leave every row a team of its own, and most of them a vector of the row."""
+    team = MAX_TEAM
+    while team > MIN_TEAM and (team >= 2 * row_vecs or most * (MAX_TEAM // team) < num_rows):
+        team //= 2
+    return team
+
+
+def _num_blocks(most: int, tokens: int, num_items: int, team: int) -> int:
+    """As many as there are items for teams, and one more than tokens: it publishes counts."""
+    return min(most, max(tokens + 1, -(-num_items // (MAX_TEAM // team))))

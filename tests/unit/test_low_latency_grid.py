@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from deepep.cuda import driver
-from deepep.cuda.ll_grid import MAX_TEAM, MIN_TEAM, Grids
+from deepep.cuda.ll_grid import MAX_TEAM, MIN_TEAM, DispatchGrid, Grids
 from deepep.cuda.ll_structs import Shape
 
 NUM_SMS, DISPATCH, COMBINE = 132, 1, 2
@@ -39,16 +39,27 @@ def make_grids(num_ranks: int, num_max_tokens: int, ranks_per_gpu: int = 1) -> G
 
 
 def test_few_rows_have_a_block_each() -> None:
-    grids = make_grids(2, 128)
-    assert grids.has_block_per_row(DISPATCH, 8, 0)
-    assert grids.lines(DISPATCH, 8, 0, ROW_VECS, is_combine=False, keeps_own=False) == (16, MAX_TEAM)
+    assert make_grids(2, 128).dispatch(8, 0, ROW_VECS, False) == DispatchGrid(16, MAX_TEAM, 1, keeps_own=False)
 
 
 def test_more_rows_than_blocks_leave_out_those_that_stay() -> None:
+    assert make_grids(2, 128).dispatch(128, 0, ROW_VECS, False) == DispatchGrid(129, MAX_TEAM, 1, keeps_own=True)
+    assert make_grids(2, 4096).dispatch(129, 0, ROW_VECS, False) == DispatchGrid(132, MAX_TEAM // 2, 1, keeps_own=True)
+    assert make_grids(2, 128).combine(128, 0, False, False)[:2] == (129, MAX_TEAM)
+
+
+def test_rows_that_stay_take_the_window_between_two_phases() -> None:
     grids = make_grids(2, 128)
-    assert not grids.has_block_per_row(DISPATCH, 128, 0)
-    assert grids.lines(DISPATCH, 128, 0, ROW_VECS, is_combine=False, keeps_own=True) == (129, MAX_TEAM)
-    assert grids.usual(DISPATCH, 128, 0) == (129, MAX_TEAM)
+    assert not grids.dispatch(128, 0, ROW_VECS, True).keeps_own
+    assert not grids.combine(128, 0, False, True).keeps_own
+    assert grids.combine(128, 0, False, False).keeps_own
+    assert grids.combine(128, 0, False, False).smem == 2 * 7168
+    assert not grids.combine(128, 0, True, False).keeps_own
+
+
+def test_teams_share_a_row_of_lines_while_there_are_enough() -> None:
+    assert make_grids(2, 128).combine(8, 0, False, False)[2:] == (0, False, 2, 2)
+    assert make_grids(2, 128).combine(128, 0, False, False)[4:] == (1, 1)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 7, 32, 128, 4000])
@@ -57,12 +68,11 @@ def test_more_rows_than_blocks_leave_out_those_that_stay() -> None:
 def test_all_blocks_run_at_once(num_tokens: int, num_ranks: int, ranks_per_gpu: int, num_sms: int) -> None:
     grids = make_grids(num_ranks, 4096, ranks_per_gpu)
     most = max(1, min(NUM_SMS // ranks_per_gpu, num_sms or NUM_SMS))
-    found = [grids.usual(kernel, num_tokens, num_sms) for kernel in (DISPATCH, COMBINE)]
-    for keeps_own in (False, True):
-        found += [
-            grids.lines(kernel, num_tokens, num_sms, ROW_VECS, is_combine=kernel == COMBINE, keeps_own=keeps_own)
-            for kernel in (DISPATCH, COMBINE)
-        ]
-    for num_blocks, team in found:
-        assert 1 <= num_blocks <= most
-        assert team in (MIN_TEAM, 2 * MIN_TEAM, MAX_TEAM)
+    for split_phases in (False, True):
+        for num_blocks, team, *_ in (
+            grids.dispatch(num_tokens, num_sms, ROW_VECS, split_phases),
+            grids.combine(num_tokens, num_sms, False, split_phases),
+            grids.combine(num_tokens, num_sms, True, split_phases),
+        ):
+            assert 1 <= num_blocks <= most
+            assert team in (MIN_TEAM, 2 * MIN_TEAM, MAX_TEAM)
