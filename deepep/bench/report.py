@@ -160,7 +160,7 @@ def _comparison(rows: Sequence[Row]) -> list[str]:
     lines = [
         "",
         f"bare all_to_all_single calls ({measured[0].bare}) that move the same bytes, ms, and the ratio to them:",
-        "operation                           routing      SMs   reused tensors         new tensors",
+        f"{'operation':34}  routing      SMs   reused tensors         new tensors",
     ]
     for row in measured:
         new = f"{_ms(row.bare_new_us)} {row.best_us / row.bare_new_us:6.2f}x" if row.bare_new_us else ""

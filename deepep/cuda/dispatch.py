@@ -91,20 +91,19 @@ class _Dispatch:
     def _fresh(self) -> DispatchResult:
         request, plan = self.request, self.plan
         block = self._point_to_outputs()
-        copies, stream, copied = self.engine.copies, self.engine.stream(), any(plan.copied)
+        copied = any(plan.copied)
         if copied:
-            copies.fork(stream)
+            self.engine.copies.fork(self.engine.stream())
         self._notify()
-        if copied:
-            for target, source, num_bytes in self._copies():
-                copies.copy_beside(target, source, num_bytes)
+        for target, source, num_bytes in self._copies():
+            self.engine.copies.copy_beside(target, source, num_bytes)
         # While the CPU would wait for notify, or else once everything is launched.
         views = self._views(block) if plan.is_exact else None
         num_compact, num_rows = self._sizes()
         recv_x, recv_sf = self._receive(num_rows, is_cleared=False)
         metadata, weights = self._receive_metadata(num_compact, num_rows)
         if copied:
-            copies.join(stream)
+            self.engine.copies.join(self.engine.stream())
         self._fetch()
         src_token, expanded_row, idx = self._metadata_views(metadata, num_compact)
         if request.routing is not None:

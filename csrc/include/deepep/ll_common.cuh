@@ -40,6 +40,13 @@ __device__ __forceinline__ uint32_t owner_of(const LlShape& shape, uint32_t expe
     return divide(expert, shape.local_experts_magic);
 }
 
+// Tell the host what is wrong: first what the status says of it behind its first word, then that something is.
+__device__ __forceinline__ void tell_host(const LlCommon& args, uint32_t problem, uint32_t index, uint32_t value) {
+    uint64_t* status = pointer<uint64_t>(args.status);
+    store_relaxed_sys(status + 1 + index, value);
+    store_release_sys(status, problem);
+}
+
 __device__ __forceinline__ uint64_t ll_word(uint32_t epoch, uint32_t value) {
     return static_cast<uint64_t>(epoch) << 32 | value;
 }
@@ -123,7 +130,7 @@ struct LlCall {
 
     __device__ bool is_last_block() const { return blockIdx.x == gridDim.x - 1; }
 
-    // The next one, or that of the call whose second phase this is.
+    // The next one, or that of the call whose second phase this is; of no use to an operation without phases.
     __device__ uint32_t load_epoch(uint64_t call_epoch) const {
         const uint64_t started = load_relaxed_gpu(&state->starts[op % kLlClean]);
         if (args.phases == kLlRecv) return load_relaxed_gpu(pointer<const uint32_t>(call_epoch));
@@ -219,9 +226,7 @@ struct LlCall {
             *lasting = 1;
             return true;
         }
-        uint64_t* status = pointer<uint64_t>(args.status);
-        store_relaxed_sys(status + 1 + rank, 1);
-        store_release_sys(status, op + 1);
+        tell_host(args, op + 1, rank, 1);
         return true;
     }
 };

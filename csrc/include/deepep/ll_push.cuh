@@ -12,9 +12,7 @@ __device__ __forceinline__ int32_t load_expert(const LlDispatchArgs& args, uint6
     const int64_t expert = pointer<const int64_t>(args.topk_idx)[at];
     if constexpr (kChecksIndices) {
         if (expert < -1 || expert >= args.common.shape.num_experts) {
-            uint64_t* status = pointer<uint64_t>(args.common.status);
-            store_relaxed_sys(status + 1 + args.common.shape.num_ranks, static_cast<uint32_t>(expert));
-            store_release_sys(status, kLlBadIndex);
+            tell_host(args.common, kLlBadIndex, args.common.shape.num_ranks, static_cast<uint32_t>(expert));
             return -1;
         }
     }
@@ -159,13 +157,12 @@ __device__ void address_token(const LlDispatchArgs& args, const LlCall& call, ui
 
 // Tokens [begin, end) that a block sends. The last block publishes counts instead, where there are several.
 struct Range {
-    uint32_t begin, end, per_block;
+    uint32_t begin, end;
     bool is_publisher;
-    __device__ explicit Range(const LlDispatchArgs& args)
-        : per_block(args.tokens_per_block), is_publisher(blockIdx.x == gridDim.x - 1) {
+    __device__ explicit Range(const LlDispatchArgs& args) : is_publisher(blockIdx.x == gridDim.x - 1) {
         const uint32_t num_tokens = args.common.num_tokens, num_senders = max_of(gridDim.x - 1, 1u);
-        begin = min_of(blockIdx.x * per_block, num_tokens);
-        end = blockIdx.x < num_senders ? min_of(begin + per_block, num_tokens) : begin;
+        begin = min_of(blockIdx.x * args.tokens_per_block, num_tokens);
+        end = blockIdx.x < num_senders ? min_of(begin + args.tokens_per_block, num_tokens) : begin;
     }
 };
 

@@ -29,8 +29,8 @@ __device__ __forceinline__ Bits ranks_of(const LlCall& call, Choices& choices) {
     return any_bits(mine);
 }
 
-// By the address warp: the token's choices, to its ranks; the others learn that it does not come. `table` counts on. With
-// `stays`, which is not for `ranks`, it gets the choices of this rank's own experts.
+// By the address warp: the token's choices, to its ranks; the others learn that it does not come. `table` counts on.
+// `stays`, if there is one, gets the choices of this rank's own experts, and `ranks` is without this rank then.
 __device__ void address_lines(const LlDispatchArgs& args, const LlCall& call, uint32_t token, const Choices& choices,
                               Bits ranks, uint32_t* table, Stay* stays) {
     const LlShape& shape = args.common.shape;
