@@ -242,6 +242,8 @@ template <bool kFp8>
 __device__ void keep_tokens(const LlDispatchArgs& args, const Range& range, Outgoing<kFp8> out, const uint32_t* table,
                             const Stay (*stays)[kMostChoices], Targets* to) {
     const LlShape& shape = args.common.shape;
+    Held held;
+    if (range.end - range.begin > 1) held = load_unit<kFp8>(args, range.end - 2, threadIdx.x);
     const uint32_t place = threadIdx.x / kMostChoices, k = threadIdx.x % kMostChoices, token = range.begin + place;
     if (token < range.end && k < shape.num_topk) {
         const Stay stay = stays[place][k];
@@ -257,8 +259,10 @@ __device__ void keep_tokens(const LlDispatchArgs& args, const Range& range, Outg
     }
     __syncthreads();
     for (uint32_t own = range.end; own-- > range.begin;) {
-        if (own + 1 != range.end) cast_unit(args, load_unit<kFp8>(args, own, threadIdx.x), out);
         if (to[own - range.begin].count != 0) store_row<kFp8>(args, own, out, to[own - range.begin]);
+        if (own == range.begin) return;
+        cast_unit(args, held, out);
+        if (own - 1 != range.begin) held = load_unit<kFp8>(args, own - 2, threadIdx.x);
     }
 }
 

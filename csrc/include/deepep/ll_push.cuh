@@ -107,33 +107,61 @@ struct Stay {
     uint32_t position;
 };
 
-// By one warp: find the ranks of a token, and write each of them the token's choices. `table` counts on. With `stays`,
-// this rank's own choices are noted there instead.
-__device__ void address_token(const LlDispatchArgs& args, const LlCall& call, uint32_t token, const Choices& choices,
-                              uint32_t* table, Stay* stays, Targets& to) {
-    const LlShape& shape = args.common.shape;
-    const uint32_t lane = lane_index();
-    const uint64_t first = static_cast<uint64_t>(token) * shape.num_topk;
-    int32_t owner[kWords], local[kWords];
-    uint32_t position[kWords];
+// By a warp: the ranks that a token goes to. Choices of masked ranks are struck out.
+__device__ __forceinline__ Bits ranks_of(const LlCall& call, Choices& choices) {
     Bits mine = 0;
 #pragma unroll
     for (uint32_t i = 0; i < kWords; ++i) {
-        const uint32_t k = lane + i * kWarpSize;
-        int32_t expert = choices.expert[i];
-        owner[i] = choices.owner[i];
-        local[i] = expert - owner[i] * static_cast<int32_t>(shape.num_local_experts);
-        position[i] = expert >= 0 ? table[expert]++ : 0;
-        if (owner[i] >= 0 && call.is_masked(owner[i])) expert = owner[i] = -1;
-        if (k < shape.num_topk) pointer<int32_t>(args.common.home_topk)[first + k] = expert;
-        if (stays != nullptr) {
-            const bool is_here = owner[i] == static_cast<int32_t>(shape.rank);
-            if (k < shape.num_topk) stays[k] = {is_here ? local[i] : -1, position[i]};
-            if (is_here) owner[i] = -1;
+        const int32_t owner = choices.owner[i];
+        if (owner < 0) continue;
+        if (call.is_masked(owner)) {
+            choices.owner[i] = -1;
+        } else {
+            mine |= Bits{1} << owner;
         }
-        if (owner[i] >= 0) mine |= Bits{1} << owner[i];
     }
-    const Bits ranks = any_bits(mine);
+    return any_bits(mine);
+}
+
+// Places of a lane's choices among this rank's rows for their experts.
+struct Positions {
+    uint32_t of[kWords];
+};
+
+// By the address warp: number a token's choices, for which `table` counts on, and keep them for combine. `stays`, if
+// there is one, gets those of this rank's own experts.
+__device__ __forceinline__ Positions number_choices(const LlDispatchArgs& args, uint32_t token, const Choices& choices,
+                                                    uint32_t* table, Stay* stays) {
+    const LlShape& shape = args.common.shape;
+    Positions positions;
+#pragma unroll
+    for (uint32_t i = 0; i < kWords; ++i) {
+        const uint32_t k = lane_index() + i * kWarpSize;
+        const int32_t expert = choices.owner[i] < 0 ? -1 : choices.expert[i];
+        positions.of[i] = choices.expert[i] >= 0 ? table[choices.expert[i]]++ : 0;
+        if (k >= shape.num_topk) continue;
+        pointer<int32_t>(args.common.home_topk)[token * shape.num_topk + k] = expert;
+        const int32_t local = expert - static_cast<int32_t>(shape.rank * shape.num_local_experts);
+        const bool is_here = choices.owner[i] == static_cast<int32_t>(shape.rank);
+        if (stays != nullptr) stays[k] = {is_here ? local : -1, positions.of[i]};
+    }
+    return positions;
+}
+
+// Choice i of a lane, as rank `rank` is told of it.
+__device__ __forceinline__ LlChoice choice_for(const LlShape& shape, int32_t rank, const Choices& choices, uint32_t i,
+                                               const Positions& positions, uint32_t epoch) {
+    const int32_t local = choices.expert[i] - rank * static_cast<int32_t>(shape.num_local_experts);
+    return {choices.owner[i] == rank ? local : -1, positions.of[i], choices.weight[i], epoch};
+}
+
+// By the address warp: find the ranks of a token, and write each of them the token's choices.
+__device__ void address_token(const LlDispatchArgs& args, const LlCall& call, uint32_t token, Choices choices,
+                              uint32_t* table, Stay* stays, Targets& to) {
+    const LlShape& shape = args.common.shape;
+    const uint32_t lane = lane_index();
+    const Bits ranks = ranks_of(call, choices) & ~(stays != nullptr ? Bits{1} << shape.rank : 0);
+    const Positions positions = number_choices(args, token, choices, table, stays);
     const uint64_t offset = args.common.window.dispatch_slots + call.bank +
                             (static_cast<uint64_t>(shape.rank) * shape.num_max_tokens + token) * shape.slot_bytes;
     uint32_t count = 0;
@@ -149,7 +177,7 @@ __device__ void address_token(const LlDispatchArgs& args, const LlCall& call, ui
 #pragma unroll
         for (uint32_t i = 0; i < kWords; ++i) {
             const uint32_t k = lane + i * kWarpSize;
-            if (k < shape.num_topk) out[k] = {owner[i] == rank ? local[i] : -1, position[i], choices.weight[i], 0};
+            if (k < shape.num_topk) out[k] = choice_for(shape, rank, choices, i, positions, 0);
         }
     }
     if (lane == 0) to.ranks = ranks, to.count = count, to.sf_stride = 4;

@@ -13,61 +13,31 @@ __device__ __forceinline__ uint64_t token_lines(const LlShape& shape, const LlWi
     return window.dispatch_lines + index * shape.dispatch_line_bytes;
 }
 
-// By a warp: the ranks that a token goes to. Choices of masked ranks are struck out.
-__device__ __forceinline__ Bits ranks_of(const LlCall& call, Choices& choices) {
-    Bits mine = 0;
-#pragma unroll
-    for (uint32_t i = 0; i < kWords; ++i) {
-        const int32_t owner = choices.owner[i];
-        if (owner < 0) continue;
-        if (call.is_masked(owner)) {
-            choices.owner[i] = -1;
-        } else {
-            mine |= Bits{1} << owner;
-        }
-    }
-    return any_bits(mine);
-}
-
-// By the address warp: the token's choices, to its ranks; the others learn that it does not come. `table` counts on.
-// `stays`, if there is one, gets the choices of this rank's own experts, and `ranks` is without this rank then.
+// By the address warp: the token's choices, to its ranks; the others learn that it does not come.
 __device__ void address_lines(const LlDispatchArgs& args, const LlCall& call, uint32_t token, const Choices& choices,
                               Bits ranks, uint32_t* table, Stay* stays) {
     const LlShape& shape = args.common.shape;
     const LlWindow& window = args.common.window;
     const uint32_t lane = lane_index();
-    uint32_t position[kWords];
-#pragma unroll
-    for (uint32_t i = 0; i < kWords; ++i) position[i] = choices.expert[i] >= 0 ? table[choices.expert[i]]++ : 0;
+    const Positions positions = number_choices(args, token, choices, table, stays);
     const uint64_t offset = token_lines(shape, window, shape.rank, token) + call.bank;
 #pragma unroll 1
     for (Bits left = ranks; left != 0;) {
         const int32_t rank = static_cast<int32_t>(pop_bit(left));
         Vec16* out = reinterpret_cast<Vec16*>(call.transport.peer_ptr(rank, offset));
-        const int32_t first = rank * static_cast<int32_t>(shape.num_local_experts);
 #pragma unroll
         for (uint32_t i = 0; i < kWords; ++i) {
             const uint32_t k = lane + i * kWarpSize;
             if (k >= shape.num_topk) continue;
-            const int32_t expert = choices.owner[i] == rank ? choices.expert[i] - first : -1;
-            store_line(out + k, {{static_cast<uint32_t>(expert), position[i], __float_as_uint(choices.weight[i]),
-                                  call.epoch}});
+            const LlChoice choice = choice_for(shape, rank, choices, i, positions, call.epoch);
+            store_line(out + k, {{static_cast<uint32_t>(choice.expert), choice.position,
+                                  __float_as_uint(choice.weight), choice.epoch}});
         }
     }
 #pragma unroll 1
     for (uint32_t rank = lane; rank < shape.num_ranks; rank += kWarpSize) {
         const uint64_t index = static_cast<uint64_t>(shape.rank) * shape.num_max_tokens + token;
         if (!has_bit(ranks, rank) && !call.is_masked(rank)) call.signal(rank, window.present, index, 0);
-    }
-#pragma unroll
-    for (uint32_t i = 0; i < kWords; ++i) {
-        const uint32_t k = lane + i * kWarpSize;
-        const int32_t expert = choices.owner[i] < 0 ? -1 : choices.expert[i];
-        if (k >= shape.num_topk) continue;
-        pointer<int32_t>(args.common.home_topk)[token * shape.num_topk + k] = expert;
-        const int32_t local = expert - static_cast<int32_t>(shape.rank * shape.num_local_experts);
-        const bool is_here = choices.owner[i] == static_cast<int32_t>(shape.rank);
-        if (stays != nullptr) stays[k] = {is_here ? local : -1, position[i]};
     }
 }
 

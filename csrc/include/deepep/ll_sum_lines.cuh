@@ -7,26 +7,11 @@
 
 namespace deepep {
 
-constexpr uint32_t kRowsAtOnce = 8;   // vectors of expert outputs a thread loads before it adds the first one
 constexpr uint32_t kRanksAtOnce = 2;  // ranks whose sums a thread waits for at the same time
 
 __device__ __forceinline__ uint64_t sum_lines_of(const LlShape& shape, const LlWindow& window, uint32_t token,
                                                  uint32_t rank) {
     return window.combine_lines + (static_cast<uint64_t>(token) * shape.num_ranks + rank) * shape.combine_line_bytes;
-}
-
-// By the first threads of a team: wait for a token's weights, which its home sends only now.
-__device__ void await_weights(const LlCombineArgs& args, const LlCall& call, const Team& team, uint32_t source,
-                              uint64_t index, Terms& terms) {
-    const uint32_t k = team.thread;
-    if (k >= kMostChoices) return;
-    uint32_t weight = kSkippedWeight;
-    if (terms.owes[k / kWarpSize] >> (k % kWarpSize) & 1) {
-        const uint64_t* word = call.own_word(args.common.window.weights, index * args.common.shape.num_topk + k);
-        if (!call.wait<false>(source, word, weight, true)) weight = kSkippedWeight;
-    }
-    terms.weight[k] = __uint_as_float(weight);
-    set_valid(team, weight != kSkippedWeight, terms);
 }
 
 // By a team: the `part`th of `parts` of a token's weighted sum, to its home. What list_terms() found is in `terms`;
@@ -37,41 +22,20 @@ __device__ void push_lines(const LlCombineArgs& args, const LlCall& call, const 
     const LlShape& shape = args.common.shape;
     const uint32_t row_vecs = shape.hidden / Bf16::kPerVec, end = octets_end(row_vecs);
     const Bits owes = bits_of(terms.owes);
-    const Vec16* x = pointer<const Vec16>(args.x);
     Vec16* out = reinterpret_cast<Vec16*>(call.transport.peer_ptr(
         source, sum_lines_of(shape, args.common.window, token, shape.rank) + call.bank));
     for (uint32_t base = part * team.threads; base < row_vecs; base += parts * team.threads) {
-        const uint32_t vec = base + team.thread, inside = min_of(vec, row_vecs - 1);
-        float sum[8] = {};
-        for (Bits left = owes; left != 0;) {
-            Vec16 held[kRowsAtOnce];
-            Bits ahead = left;
-#pragma unroll
-            for (uint32_t t = 0; t < kRowsAtOnce; ++t) {
-                if (ahead == 0) break;
-                held[t] = load_stream(x + (terms.row[pop_bit(ahead)] * row_vecs + inside));
-            }
-            if (awaits_weights) {
-                await_weights(args, call, team, source, index, terms);
-                team.sync();
-                awaits_weights = false;
-            }
-            const Bits valid = terms.bits();
-#pragma unroll
-            for (uint32_t t = 0; t < kRowsAtOnce; ++t) {
-                if (left == 0) break;
-                const uint32_t k = pop_bit(left);
-                if (!has_bit(valid, k)) continue;
-                const float weight = terms.weight[k];
-                float values[8];
-                Bf16::unpack(held[t], values);
-#pragma unroll
-                for (int c = 0; c < 8; ++c) sum[c] = sum[c] + weight * values[c];
-            }
-        }
-        Vec16 value = Bf16::pack(sum);
-        if (args.use_logfmt) value = cast_logfmt(value);
-        const LinePair lines = fold(value, 0, call.epoch);
+        const uint32_t vec = base + team.thread;
+        const uint32_t inside[] = {min_of(vec, row_vecs - 1)};
+        const auto ready = [&] {
+            if (!awaits_weights) return;
+            await_weights(args, call, team, source, index, terms);
+            team.sync();
+            awaits_weights = false;
+        };
+        Vec16 sum[1];
+        sum_rows(args, terms, owes, inside, sum, ready);
+        const LinePair lines = fold(sum[0], 0, call.epoch);
         if (vec < row_vecs) store_line(out + vec, lines.own);
         if (vec < end && has_rest()) store_line(out + rest_line(row_vecs, vec), lines.rest);
     }

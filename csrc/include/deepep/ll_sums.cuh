@@ -6,8 +6,9 @@
 
 namespace deepep {
 
-constexpr uint32_t kTermsAtOnce = 2;  // rows of which a thread holds vectors at the same time
+constexpr uint32_t kTermsAtOnce = 2;  // rows at home of which a thread holds vectors at the same time
 constexpr uint32_t kVecsAtOnce = 2;   // vectors of each of them, a team apart
+constexpr uint32_t kRowsAtOnce = 8;   // vectors of expert outputs a thread loads before it adds the first one
 
 // The rows that add up to one row, by top-k position, which positions count, and which there are at all: a rank whose
 // positions are all left out owes the home a row of zeros nevertheless.
@@ -73,23 +74,15 @@ __device__ __forceinline__ Pair sum_terms(const Terms& terms, Load load) {
 struct Place {
     uint32_t vec[kVecsAtOnce];
     bool is_inside[kVecsAtOnce];
-    __device__ __forceinline__ Place(const Team& team, uint32_t base, uint32_t row_vecs) {
+    __device__ __forceinline__ Place(uint32_t thread, uint32_t num_threads, uint32_t base, uint32_t row_vecs) {
 #pragma unroll
         for (uint32_t i = 0; i < kVecsAtOnce; ++i) {
-            const uint32_t at = base + i * team.threads + team.thread;
+            const uint32_t at = base + i * num_threads + thread;
             is_inside[i] = at < row_vecs;
             vec[i] = min_of(at, row_vecs - 1);
         }
     }
 };
-
-// The sum of a token's rows here, weighted; every row of `terms` is one of x.
-__device__ __forceinline__ Pair sum_rows(const LlCombineArgs& args, const Terms& terms, const Place& place) {
-    const Vec16* x = pointer<const Vec16>(args.x);
-    const uint32_t row_vecs = args.common.shape.hidden / Bf16::kPerVec;
-    return sum_terms<true>(
-        terms, [&](uint32_t k, uint32_t i) { return load_stream(x + (terms.row[k] * row_vecs + place.vec[i])); });
-}
 
 // A choice of this rank's own, and its weight.
 struct OwnWeight {
@@ -156,18 +149,12 @@ __device__ __forceinline__ Choice load_choice(const LlCombineArgs& args, uint64_
     return choice;
 }
 
-// By the first threads of a team: list the rows here of one token of `source`, and their weights if they are known.
-// Those that come only now are waited for if `waits`.
-__device__ void list_terms(const LlCombineArgs& args, const LlCall& call, const Team& team, uint32_t source,
-                           uint64_t index, Weights from, Choice choice, Terms& terms, bool waits) {
+// By the first threads of a team: list the rows here of one token of `source`, and the weights that are known.
+__device__ void list_terms(const Team& team, Weights from, Choice choice, Terms& terms) {
     const uint32_t k = team.thread;
     if (k >= kMostChoices) return;
     if (from == Weights::kNone) choice.weight = 0;
     if (from == Weights::kOwn && choice.left_out < 0) choice.weight = kSkippedWeight;
-    if (from == Weights::kSentNow && choice.row >= 0 && waits) {
-        const uint64_t* word = call.own_word(args.common.window.weights, index * args.common.shape.num_topk + k);
-        if (!call.wait<false>(source, word, choice.weight, true)) choice.weight = kSkippedWeight;
-    }
     terms.row[k] = choice.row;
     terms.weight[k] = __uint_as_float(choice.weight);
     const uint32_t owes = __ballot_sync(kFullMask, choice.row >= 0);
@@ -175,19 +162,79 @@ __device__ void list_terms(const LlCombineArgs& args, const LlCall& call, const 
     set_valid(team, choice.row >= 0 && choice.weight != kSkippedWeight, terms);
 }
 
+// By the first threads of a team: wait for a token's weights, which its home sends only now.
+__device__ void await_weights(const LlCombineArgs& args, const LlCall& call, const Team& team, uint32_t source,
+                              uint64_t index, Terms& terms) {
+    const uint32_t k = team.thread;
+    if (k >= kMostChoices) return;
+    uint32_t weight = kSkippedWeight;
+    if (terms.owes[k / kWarpSize] >> (k % kWarpSize) & 1) {
+        const uint64_t* word = call.own_word(args.common.window.weights, index * args.common.shape.num_topk + k);
+        if (!call.wait<false>(source, word, weight, true)) weight = kSkippedWeight;
+    }
+    terms.weight[k] = __uint_as_float(weight);
+    set_valid(team, weight != kSkippedWeight, terms);
+}
+
 // By a whole warp.
 __device__ __noinline__ Vec16 cast_logfmt(const Vec16 value) { return logfmt::roundtrip(value); }
 
-// Write a token's weighted sum to `out`: a slot of its home, or shared memory.
-__device__ void put_sum(const LlCombineArgs& args, const Team& team, const Terms& terms, Vec16* out) {
+// Sum a thread's kVecs vectors of a token's rows here, weighted. The first rows are loaded before ready() is called, once
+// or more, which tells when weights are known; `owes` are all rows.
+template <uint32_t kVecs, typename Ready>
+__device__ __forceinline__ void sum_rows(const LlCombineArgs& args, const Terms& terms, Bits owes,
+                                         const uint32_t (&vec)[kVecs], Vec16 (&out)[kVecs], Ready ready) {
+    constexpr uint32_t kRows = kRowsAtOnce / kVecs;
     const uint32_t row_vecs = args.common.shape.hidden / Bf16::kPerVec;
-    for (uint32_t base = 0; base < row_vecs; base += kVecsAtOnce * team.threads) {
-        const Place place(team, base, row_vecs);
-        const Pair sum = sum_rows(args, terms, place);
+    const Vec16* x = pointer<const Vec16>(args.x);
+    float sum[kVecs][8] = {};
+    for (Bits left = owes; left != 0;) {
+        Vec16 held[kRows][kVecs];
+        Bits ahead = left;
+#pragma unroll
+        for (uint32_t t = 0; t < kRows; ++t) {
+            if (ahead == 0) break;
+            const uint32_t row = terms.row[pop_bit(ahead)] * row_vecs;
+#pragma unroll
+            for (uint32_t i = 0; i < kVecs; ++i) held[t][i] = load_stream(x + (row + vec[i]));
+        }
+        ready();
+        const Bits valid = terms.bits();
+#pragma unroll
+        for (uint32_t t = 0; t < kRows; ++t) {
+            if (left == 0) break;
+            const uint32_t k = pop_bit(left);
+            if (!has_bit(valid, k)) continue;
+            const float weight = terms.weight[k];
+#pragma unroll
+            for (uint32_t i = 0; i < kVecs; ++i) {
+                float values[8];
+                Bf16::unpack(held[t][i], values);
+#pragma unroll
+                for (int c = 0; c < 8; ++c) sum[i][c] = sum[i][c] + weight * values[c];
+            }
+        }
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < kVecs; ++i) {
+        out[i] = Bf16::pack(sum[i]);
+        if (args.use_logfmt) out[i] = cast_logfmt(out[i]);
+    }
+}
+
+// By a team's workers: write a token's weighted sum to `out`, a slot of its home or shared memory.
+template <typename Ready>
+__device__ void put_sum(const LlCombineArgs& args, const Team& team, const Terms& terms, Vec16* out, Ready ready) {
+    const uint32_t row_vecs = args.common.shape.hidden / Bf16::kPerVec;
+    const uint32_t thread = team.thread - kMostChoices, num_threads = team.threads - kMostChoices;
+    const Bits owes = bits_of(terms.owes);
+    for (uint32_t base = 0; base < row_vecs; base += kVecsAtOnce * num_threads) {
+        const Place place(thread, num_threads, base, row_vecs);
+        Vec16 sum[kVecsAtOnce];
+        sum_rows(args, terms, owes, place.vec, sum, ready);
 #pragma unroll
         for (uint32_t i = 0; i < kVecsAtOnce; ++i) {
-            const Vec16 value = args.use_logfmt ? cast_logfmt(sum.v[i]) : sum.v[i];
-            if (place.is_inside[i]) out[place.vec[i]] = value;
+            if (place.is_inside[i]) out[place.vec[i]] = sum[i];
         }
     }
 }
