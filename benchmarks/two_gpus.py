@@ -81,7 +81,7 @@ def steps(backend: str) -> Iterator[Step]:
         yield Step(f"sweep over SMs, {dtype}", 75, plan=plan)
     for num_ranks in (4, 8):
         bench = (sys.executable, "-m", "deepep", "bench", "--device", "cuda", "--backend", backend, "--low-latency")
-        for num_tokens in (8, 128):
+        for num_tokens in LOW_LATENCY_TOKENS:
             sizes = ("--num-ranks", str(num_ranks), "--num-tokens", str(num_tokens), "--routing", "balanced")
             name = f"{num_ranks} ranks, low latency, {num_tokens} tokens"
             yield Step(name, 60, (*bench, *sizes, "--json"), has_json=True, needs_mps=True)
