@@ -128,24 +128,31 @@ struct Positions {
     uint32_t of[kWords];
 };
 
-// By the address warp: number a token's choices, for which `table` counts on, and keep them for combine. `stays`, if
-// there is one, gets those of this rank's own experts.
-__device__ __forceinline__ Positions number_choices(const LlDispatchArgs& args, uint32_t token, const Choices& choices,
-                                                    uint32_t* table, Stay* stays) {
-    const LlShape& shape = args.common.shape;
+// By the address warp: number a token's choices, for which `table` counts on.
+__device__ __forceinline__ Positions number_choices(const Choices& choices, uint32_t* table) {
     Positions positions;
+#pragma unroll
+    for (uint32_t i = 0; i < kWords; ++i) {
+        positions.of[i] = choices.expert[i] >= 0 ? table[choices.expert[i]]++ : 0;
+    }
+    return positions;
+}
+
+// By the address warp, once others were told: keep a token's choices for combine. `stays`, if there is one, gets those
+// of this rank's own experts.
+__device__ __forceinline__ void keep_choices(const LlDispatchArgs& args, uint32_t token, const Choices& choices,
+                                             const Positions& positions, Stay* stays) {
+    const LlShape& shape = args.common.shape;
 #pragma unroll
     for (uint32_t i = 0; i < kWords; ++i) {
         const uint32_t k = lane_index() + i * kWarpSize;
         const int32_t expert = choices.owner[i] < 0 ? -1 : choices.expert[i];
-        positions.of[i] = choices.expert[i] >= 0 ? table[choices.expert[i]]++ : 0;
         if (k >= shape.num_topk) continue;
         pointer<int32_t>(args.common.home_topk)[token * shape.num_topk + k] = expert;
         const int32_t local = expert - static_cast<int32_t>(shape.rank * shape.num_local_experts);
         const bool is_here = choices.owner[i] == static_cast<int32_t>(shape.rank);
         if (stays != nullptr) stays[k] = {is_here ? local : -1, positions.of[i]};
     }
-    return positions;
 }
 
 // Choice i of a lane, as rank `rank` is told of it.
@@ -161,7 +168,7 @@ __device__ void address_token(const LlDispatchArgs& args, const LlCall& call, ui
     const LlShape& shape = args.common.shape;
     const uint32_t lane = lane_index();
     const Bits ranks = ranks_of(call, choices) & ~(stays != nullptr ? Bits{1} << shape.rank : 0);
-    const Positions positions = number_choices(args, token, choices, table, stays);
+    const Positions positions = number_choices(choices, table);
     const uint64_t offset = args.common.window.dispatch_slots + call.bank +
                             (static_cast<uint64_t>(shape.rank) * shape.num_max_tokens + token) * shape.slot_bytes;
     uint32_t count = 0;
@@ -181,6 +188,7 @@ __device__ void address_token(const LlDispatchArgs& args, const LlCall& call, ui
         }
     }
     if (lane == 0) to.ranks = ranks, to.count = count, to.sf_stride = 4;
+    keep_choices(args, token, choices, positions, stays);
 }
 
 // Tokens [begin, end) that a block sends. The last block publishes counts instead, where there are several.

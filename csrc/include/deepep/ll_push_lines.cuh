@@ -19,7 +19,7 @@ __device__ void address_lines(const LlDispatchArgs& args, const LlCall& call, ui
     const LlShape& shape = args.common.shape;
     const LlWindow& window = args.common.window;
     const uint32_t lane = lane_index();
-    const Positions positions = number_choices(args, token, choices, table, stays);
+    const Positions positions = number_choices(choices, table);
     const uint64_t offset = token_lines(shape, window, shape.rank, token) + call.bank;
 #pragma unroll 1
     for (Bits left = ranks; left != 0;) {
@@ -39,6 +39,7 @@ __device__ void address_lines(const LlDispatchArgs& args, const LlCall& call, ui
         const uint64_t index = static_cast<uint64_t>(shape.rank) * shape.num_max_tokens + token;
         if (!has_bit(ranks, rank) && !call.is_masked(rank)) call.signal(rank, window.present, index, 0);
     }
+    keep_choices(args, token, choices, positions, stays);
 }
 
 // By the whole block: a row and its scale factors, `out` being a thread's first part of it.
