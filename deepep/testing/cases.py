@@ -78,7 +78,7 @@ def host_cases(num_ranks: int) -> dict[str, Case]:
 
 
 def low_latency_cases(num_ranks: int) -> dict[str, Case]:
-    """Decode-sized cases; hidden sizes allow every FP8 format, or all but UE8M0."""
+    """Decode-sized cases; hidden sizes allow every FP8 format, all but UE8M0, or none."""
     base = Case((6,) * num_ranks, hidden=512, num_experts=4 * num_ranks, num_max_tokens_per_rank=8, seed=70)
     uneven = tuple(8 - 3 * (rank % 3) for rank in range(num_ranks))
     idle = tuple(8 if rank % 2 == 0 and num_ranks > 1 else 0 for rank in range(num_ranks))
@@ -97,4 +97,10 @@ def low_latency_cases(num_ranks: int) -> dict[str, Case]:
         "narrow": replace(base, hidden=128, seed=81),
         "wide": replace(base, hidden=7168, num_tokens=(3,) * num_ranks, num_max_tokens_per_rank=4, seed=82),
         "batch": replace(base, num_tokens=(64,) * num_ranks, num_max_tokens_per_rank=64, seed=83),
+        "large_batch": replace(base, num_tokens=(150,) * num_ranks, num_max_tokens_per_rank=160, seed=84),
+        "top16": replace(base, num_experts=16 * num_ranks, num_topk=16, pattern="holes", seed=85),
+        "hidden_2048": replace(base, hidden=2048, seed=86),
+        "hidden_2880": replace(base, hidden=2880, seed=87),
+        "hidden_5376": replace(base, hidden=5376, seed=88),
+        "hidden_8192": replace(base, hidden=8192, seed=89),
     }
