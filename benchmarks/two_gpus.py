@@ -176,7 +176,7 @@ def _execute(step: Step, folder: Path, workers: Workers, report: dict[str, Any])
         # Ranks spin when their peers are gone: nothing of a step may outlive it.
         _kill_group(process)
     if result.exists():
-        report["runs"].append({"step": step.name, **json.loads(result.read_text())})
+        report["runs"].append({"step": step.name, **json.loads(result.read_text()), "commit": report["commit"]})
     return status
 
 
