@@ -7,7 +7,7 @@
 namespace deepep {
 
 constexpr uint32_t kTermsAtOnce = 2;  // rows at home of which a thread holds vectors at the same time
-constexpr uint32_t kVecsAtOnce = 2;   // vectors of each of them, a team apart
+constexpr uint32_t kVecsAtOnce = 2;   // vectors of each of them, as far apart as there are threads
 constexpr uint32_t kRowsAtOnce = 8;   // vectors of expert outputs a thread loads before it adds the first one
 
 // The rows that add up to one row, by top-k position, which positions count, and which there are at all: a rank whose
