@@ -137,7 +137,7 @@ class LowLatencyEngine:
         routing = LlRouting.make(request, shape, parts)
         state, recv_sf = routing.state, None
         dtype = x.dtype if sf_format is None else FP8_DTYPE
-        recv_x = torch.empty((num_local, room, hidden), dtype=dtype, device=x.device)
+        recv_x = x.new_empty((num_local, room, hidden), dtype=dtype)
         if sf_format is not None:
             recv_sf = _empty_sf(sf_format, num_local, room, hidden, x.device)
         args, at = self._dispatch_args, state.data_ptr()
@@ -153,8 +153,7 @@ class LowLatencyEngine:
         common.team_threads, common.num_tokens = grid.team, num_tokens
         args.tokens_per_block, args.keeps_own = grid.tokens_per_block, grid.keeps_own
         kernel, kept = self._dispatch_kernel.handle, (request, recv_x, recv_sf, routing)
-        launch = _Launch(self, kernel, grid.num_blocks, self._grids.table_bytes, args, kept)
-        finish = launch.start(request.split_phases)
+        finish = self._start(kernel, grid.num_blocks, self._grids.table_bytes, args, request.split_phases, kept)
         return DispatchResult(
             x=recv_x,
             sf=recv_sf,
@@ -192,8 +191,9 @@ class LowLatencyEngine:
         common.wait_stats = _pointer(request.wait_recv_cost_stats)
         common.team_threads, common.num_tokens = grid.team, routing.num_tokens
         kernel = self._combine_kernel.handle
-        launch = _Launch(self, kernel, grid.num_blocks, grid.smem, args, (request, x, out, epoch))
-        return CombineResult(out, None, launch.start(request.split_phases))
+        kept = (request, x, out, epoch)
+        finish = self._start(kernel, grid.num_blocks, grid.smem, args, request.split_phases, kept)
+        return CombineResult(out, None, finish)
 
     def _check_combine(self, request: CombineRequest, routing: LlRouting, is_per_copy: bool) -> None:
         op = "low_latency_combine"
@@ -214,6 +214,24 @@ class LowLatencyEngine:
                     f"{op}: {name} is not the unchanged tensor that low_latency_dispatch got; since its topk_weights= "
                     "sent the weights ahead, pass the same tensors, or dispatch without topk_weights"
                 )
+
+    def _start(
+        self,
+        kernel: int,
+        num_blocks: int,
+        smem: int,
+        args: LlDispatchArgs | LlCombineArgs,
+        in_two_phases: bool,
+        kept: tuple[object, ...],
+    ) -> _SecondPhase | None:
+        """Launch both phases, or the first one and give back what launches the second."""
+        args.common.phases = ll_structs.SEND if in_two_phases else ll_structs.SEND | ll_structs.RECV
+        self._launch(kernel, num_blocks, smem, args)
+        if not in_two_phases:
+            return None
+        args = type(args).from_buffer_copy(args)
+        args.common.phases = ll_structs.RECV
+        return _SecondPhase(self, kernel, num_blocks, smem, args, kept)
 
     def _launch(self, kernel: int, num_blocks: int, smem: int, args: ctypes.Structure) -> None:
         driver.ensure_context(self._device)
@@ -244,8 +262,8 @@ class LowLatencyEngine:
 
 
 @dataclass
-class _Launch:
-    """One operation: a launch for both phases, or one for each; calling it is the second one, on the current stream."""
+class _SecondPhase:
+    """Launches what one operation has left to do, on the current stream."""
 
     engine: LowLatencyEngine
     kernel: int
@@ -253,16 +271,6 @@ class _Launch:
     smem: int
     args: LlDispatchArgs | LlCombineArgs
     kept: tuple[object, ...]  # what the kernel reads and writes must live until then
-
-    def start(self, in_two_phases: bool) -> _Launch | None:
-        """Launch both phases, or the first one and give back what launches the second."""
-        self.args.common.phases = ll_structs.SEND if in_two_phases else ll_structs.SEND | ll_structs.RECV
-        self.engine._launch(self.kernel, self.num_blocks, self.smem, self.args)
-        if not in_two_phases:
-            return None
-        self.args = type(self.args).from_buffer_copy(self.args)
-        self.args.common.phases = ll_structs.RECV
-        return self
 
     def __call__(self) -> None:
         self.engine._launch(self.kernel, self.num_blocks, self.smem, self.args)

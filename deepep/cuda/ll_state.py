@@ -11,6 +11,7 @@ from deepep.backends.base import DispatchRequest
 from deepep.cuda import ll_structs
 from deepep.cuda.ll_structs import LlCommon, Shape
 from deepep.layout import align
+from deepep.records import quickly_made
 
 _STATE_ALIGNMENT = 16  # int32 elements
 
@@ -39,6 +40,7 @@ class StateParts(NamedTuple):
         return cls(*places)
 
 
+@quickly_made
 @dataclass(frozen=True)
 class LlRouting:
     """What a dispatch leaves for its second phase and its combines; all of it on the device.
@@ -71,7 +73,7 @@ class LlRouting:
     @classmethod
     def make(cls, request: DispatchRequest, shape: Shape, parts: StateParts) -> LlRouting:
         """Allocate for one dispatch."""
-        state = torch.empty(parts.end, dtype=torch.int32, device=request.x.device)
+        state = request.x.new_empty(parts.end, dtype=torch.int32)
         sent = None
         if request.topk_weights is not None and request.topk_idx is not None:
             sent = (identity(request.topk_idx), identity(request.topk_weights))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,10 @@ from deepep.errors import BufferDestroyed, CommTimeout, InvalidArgument, Unsuppo
 from deepep.group import Group
 
 _OPS = ("low_latency_dispatch", "low_latency_combine", "clean_low_latency_buffer")
+_MOST_SHAPES = 256
+
+_make_shape = functools.lru_cache(_MOST_SHAPES)(Shape)
+"""The same object for the same sizes: calls make one each, and compare it with the last one's."""
 
 
 class LowLatency:
@@ -54,6 +59,7 @@ class LowLatency:
         self._memory = SymmetricMemory(group, num_bytes, device, options.timeout)
         self._status = HostWords(8 * (2 + group.num_ranks))
         self._engine: LowLatencyEngine | None = None
+        self._served: Shape | None = None  # by the engine, at the last call
         self._next_combine_x: torch.Tensor | None = None
         self._pending: tuple[int, ...] = ()
 
@@ -76,14 +82,14 @@ class LowLatency:
                 "low_latency_dispatch: backend 'ipc' sends bf16 rows along a fresh top-k into padded rows; for scale "
                 "factors of your own, another dtype or a cached routing use backend='reference'"
             )
-        num_topk = topk_idx.shape[1]
-        shape = Shape(
+        shape = _make_shape(
             self._group.num_ranks,
             request.num_experts,
-            num_topk,
+            topk_idx.shape[1],
             request.num_max_tokens_per_rank,
             x.shape[1],
-            line_tokens=self._line_tokens,
+            False,
+            self._line_tokens,
         )
         return self._engine_for(shape).dispatch(request)
 
@@ -147,7 +153,7 @@ class LowLatency:
 
     def close(self) -> None:
         """Give everything back; may be called twice, never raises and never waits for other ranks."""
-        self._engine = None
+        self._engine = self._served = None
         self._memory.close()
         self._status.close()
 
@@ -167,10 +173,14 @@ class LowLatency:
             raise CommTimeout(_OPS[int(status[0]) - 1], missing, self._options.timeout)
 
     def _engine_for(self, shape: Shape) -> LowLatencyEngine:
-        # Room for a row per choice serves a row per rank, too.
         engine = self._engine
-        if engine is not None and (engine.shape == shape or engine.shape == replace(shape, per_copy=True)):
-            return engine
+        if engine is not None:
+            if shape is self._served:
+                return engine
+            # Room for a row per choice serves a row per rank, too.
+            if engine.shape == shape or engine.shape == replace(shape, per_copy=True):
+                self._served = shape
+                return engine
         return self._divide(shape)
 
     def _divide(self, shape: Shape) -> LowLatencyEngine:
@@ -188,6 +198,7 @@ class LowLatency:
             self._memory.close()
             self._memory, is_first = grown, True
         self._engine = engine = self._make_engine(shape, division)
+        self._served = shape
         if not is_first:
             self._clean(engine)
         return engine
