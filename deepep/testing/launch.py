@@ -10,27 +10,20 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
-import signal
-import socket
-import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from types import TracebackType
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from deepep.testing.worker import LEAVE, work
 
 # After one rank has failed its peers may wait for it in vain: how long they get to answer, seconds.
 _GRACE = 15.0
-_LEAVE = b"leave"
 
 
 class WorkerError(RuntimeError):
@@ -125,7 +118,7 @@ class Workers:
         """Ends the processes: politely at first, then by SIGKILL. May be called twice."""
         for connection in self._connections:
             with contextlib.suppress(OSError):
-                connection.send_bytes(_LEAVE)
+                connection.send_bytes(LEAVE)
         limit = time.monotonic() + 3.0
         for process in self._processes:
             # A stopped process will never leave by itself, and one that failed to answer has been killed before.
@@ -140,7 +133,7 @@ class Workers:
             ours, theirs = context.Pipe()
             place = (rank, self.num_ranks, self._store.port)
             process = context.Process(
-                target=_work, args=(theirs, place, self._setup), daemon=True, name=f"deepep-rank-{rank}"
+                target=work, args=(theirs, place, self._setup), daemon=True, name=f"deepep-rank-{rank}"
             )
             with _single_threaded():
                 process.start()
@@ -258,72 +251,3 @@ def _single_threaded() -> Iterator[None]:
             del os.environ["OMP_NUM_THREADS"]
         else:
             os.environ["OMP_NUM_THREADS"] = before
-
-
-def _work(connection: Connection, place: tuple[int, int, int], setup: tuple[str, str, float]) -> None:
-    """Life of one rank: join the group, then serve calls until None or the end of the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, and it ends us
-    threading.Thread(target=_follow_parent, daemon=True).start()
-    torch.set_num_threads(1)
-    _answer(connection, _join, place, setup)
-    for job in _jobs(connection):
-        _answer(connection, _call, job)
-    with contextlib.suppress(RuntimeError):
-        dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # tearing down an interpreter with torch in it takes seconds on a busy machine
-
-
-def _jobs(connection: Connection) -> Iterator[bytes]:
-    while True:
-        try:
-            job = connection.recv_bytes()
-        except EOFError:
-            return
-        if job == _LEAVE:
-            return
-        yield job
-
-
-def _call(job: bytes) -> Any:
-    fn, args = pickle.loads(job)
-    return fn(dist.group.WORLD, *args)
-
-
-def _follow_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _join(place: tuple[int, int, int], setup: tuple[str, str, float]) -> None:
-    rank, num_ranks, port = place
-    backend, device, timeout = setup
-    if any(name == "lo" for _, name in socket.if_nameindex()):
-        # Without this gloo asks a resolver for this host's name, which containers often cannot answer.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    if device == "cuda":
-        torch.cuda.set_device(rank % torch.cuda.device_count())
-    limit = timedelta(seconds=timeout)
-    store = TCPStore("127.0.0.1", port, is_master=False, timeout=limit)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=limit)
-
-
-def _answer(connection: Connection, fn: Callable[..., Any], *args: Any) -> None:
-    try:
-        reply = pickle.dumps(("ok", fn(*args)))
-    except BaseException as error:  # noqa: BLE001  whatever it is, the parent raises it
-        reply = _pack_error(error, traceback.format_exc())
-    with contextlib.suppress(OSError):
-        connection.send_bytes(reply)
-
-
-def _pack_error(error: BaseException, trace: str) -> bytes:
-    try:
-        reply = pickle.dumps(("error", error, trace))
-        pickle.loads(reply)  # some exceptions pickle, yet cannot be made again
-    except Exception:  # noqa: BLE001
-        return pickle.dumps(("error", None, trace))
-    return reply
