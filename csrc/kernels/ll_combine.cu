@@ -26,10 +26,9 @@ __device__ void run(const LlCombineArgs& args, const LlCall& call, const Team& t
     __shared__ Terms debts_listed[kLlMaxTeams][2];
     __shared__ Home homes_listed[kLlMaxTeams][2];
     const uint32_t row_vecs = args.common.shape.hidden / Bf16::kPerVec;
-    const bool is_receiving = (args.common.phases & kLlRecv) != 0;
+    const bool is_sending = (args.common.phases & kLlSend) != 0, is_receiving = (args.common.phases & kLlRecv) != 0;
     Terms(&listed)[2] = debts_listed[team.index];
     Home(&homes)[2] = homes_listed[team.index];
-    const bool is_sending = (args.common.phases & kLlSend) != 0;
     const auto list_first = [&] {
         if (is_receiving) list_home(args, team, early.home, homes[0]);
     };

@@ -97,7 +97,7 @@ __device__ void send_copies(const LlCombineArgs& args, const LlCall& call, const
         team.sync();
         push_copies(args, team, terms, home_slots(args, call, debt));
         team.sync();
-        if (team.thread >= kMostChoices || bits_of(terms.owes) == 0) continue;
+        if (team.thread >= kMostChoices || terms.owed() == 0) continue;
         fence_sys();
         if (!has_bit(terms.bits(), team.thread)) continue;
         call.signal(debt.source, args.common.window.arrived, first_slot(args, debt) + team.thread, 1);
@@ -134,7 +134,7 @@ __device__ void send_slots(const LlCombineArgs& args, const LlCall& call, const 
         const Debt next(args, next_number);
         Terms& terms = listed[turn];
         turn ^= 1;
-        const bool is_owed = bits_of(terms.owes) != 0;
+        const bool is_owed = terms.owed() != 0;
         bool awaits_weights = is_owed && debts.weights(debt.source) == Weights::kSentNow;
         if (is_worker) {
             Vec16* slots = home_slots(args, call, debt);
@@ -184,7 +184,7 @@ __device__ uint32_t send_lines(const LlCombineArgs& args, const LlCall& call, co
         const Weights from = debts.weights(debt.source);
         list_terms(team, from, choice, terms);
         team.sync();
-        if (bits_of(terms.owes) == 0) continue;
+        if (terms.owed() == 0) continue;
         push_lines(args, call, team, debt.source, debt.token, debt.index, from == Weights::kSentNow,
                    number - row * parts, parts, terms);
     }

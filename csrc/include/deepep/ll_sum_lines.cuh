@@ -21,7 +21,7 @@ __device__ void push_lines(const LlCombineArgs& args, const LlCall& call, const 
                            Terms& terms) {
     const LlShape& shape = args.common.shape;
     const uint32_t row_vecs = shape.hidden / Bf16::kPerVec, end = octets_end(row_vecs);
-    const Bits owes = bits_of(terms.owes);
+    const Bits owes = terms.owed();
     Vec16* out = reinterpret_cast<Vec16*>(call.transport.peer_ptr(
         source, sum_lines_of(shape, args.common.window, token, shape.rank) + call.bank));
     for (uint32_t base = part * team.threads; base < row_vecs; base += parts * team.threads) {

@@ -18,6 +18,7 @@ struct Terms {
     int32_t row[kMostChoices];
     float weight[kMostChoices];
     __device__ Bits bits() const { return bits_of(valid); }
+    __device__ Bits owed() const { return bits_of(owes); }
 };
 
 // All of the team's threads that may have a position call it: keep whether theirs counts.
@@ -227,7 +228,7 @@ template <typename Ready>
 __device__ void put_sum(const LlCombineArgs& args, const Team& team, const Terms& terms, Vec16* out, Ready ready) {
     const uint32_t row_vecs = args.common.shape.hidden / Bf16::kPerVec;
     const uint32_t thread = team.thread - kMostChoices, num_threads = team.threads - kMostChoices;
-    const Bits owes = bits_of(terms.owes);
+    const Bits owes = terms.owed();
     for (uint32_t base = 0; base < row_vecs; base += kVecsAtOnce * num_threads) {
         const Place place(thread, num_threads, base, row_vecs);
         Vec16 sum[kVecsAtOnce];

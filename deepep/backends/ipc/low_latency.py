@@ -32,7 +32,7 @@ _OPS = ("low_latency_dispatch", "low_latency_combine", "clean_low_latency_buffer
 _MOST_SHAPES = 256
 
 _make_shape = functools.lru_cache(_MOST_SHAPES)(Shape)
-"""The same object for the same sizes: calls make one each, and compare it with the last one's."""
+"""The same object for the same sizes, so that calls need not compare sizes with those of the call before."""
 
 
 class LowLatency:
@@ -59,7 +59,6 @@ class LowLatency:
         self._memory = SymmetricMemory(group, num_bytes, device, options.timeout)
         self._status = HostWords(8 * (2 + group.num_ranks))
         self._engine: LowLatencyEngine | None = None
-        self._served: Shape | None = None  # by the engine, at the last call
         self._next_combine_x: torch.Tensor | None = None
         self._pending: tuple[int, ...] = ()
 
@@ -153,7 +152,7 @@ class LowLatency:
 
     def close(self) -> None:
         """Give everything back; may be called twice, never raises and never waits for other ranks."""
-        self._engine = self._served = None
+        self._engine = None
         self._memory.close()
         self._status.close()
 
@@ -174,13 +173,11 @@ class LowLatency:
 
     def _engine_for(self, shape: Shape) -> LowLatencyEngine:
         engine = self._engine
-        if engine is not None:
-            if shape is self._served:
-                return engine
-            # Room for a row per choice serves a row per rank, too.
-            if engine.shape == shape or engine.shape == replace(shape, per_copy=True):
-                self._served = shape
-                return engine
+        # Sizes are slow to compare. Room for a row per choice serves a row per rank, too.
+        if engine is not None and (
+            engine.shape is shape or engine.shape == shape or engine.shape == replace(shape, per_copy=True)
+        ):
+            return engine
         return self._divide(shape)
 
     def _divide(self, shape: Shape) -> LowLatencyEngine:
@@ -198,7 +195,6 @@ class LowLatency:
             self._memory.close()
             self._memory, is_first = grown, True
         self._engine = engine = self._make_engine(shape, division)
-        self._served = shape
         if not is_first:
             self._clean(engine)
         return engine
