@@ -33,6 +33,7 @@ extern "C" __global__ void __launch_bounds__(deepep::kLlThreads)
     ll_clean_kernel(const __grid_constant__ deepep::LlCleanArgs args) {
     using namespace deepep;
     __shared__ LlShared shared;
+    await_previous_kernel();
     LlCall call(args.common, kLlClean, shared);
     call.prepare(args.common.window.dispatch_credits, 0);
     __syncthreads();

@@ -59,6 +59,7 @@ extern "C" __global__ void __launch_bounds__(deepep::kLlThreads, deepep::kLlBloc
     extern __shared__ Vec16 own_sums[];
     __shared__ LlShared shared;
     __shared__ Headers headers;
+    await_previous_kernel();
     const LlCommon& common = args.common;
     const Team team(common.team_threads);
     LlCall call(common, kLlCombine, shared);

@@ -57,6 +57,7 @@ extern "C" __global__ void __launch_bounds__(deepep::kLlThreads, deepep::kLlBloc
     using namespace deepep;
     extern __shared__ uint32_t table[];
     __shared__ LlShared shared;
+    await_previous_kernel();
     LlCall call(args.common, kLlDispatch, shared);
     if (args.sf_format == kSfNone) {
         run<false>(args, call, table);

@@ -86,6 +86,13 @@ def device_attribute(attribute: str, device: int) -> int:
 
 
 @functools.cache
+def can_start_early(device: int) -> bool:
+    """Whether a kernel may start before its turn in the stream, captured ones included (sm_90, a driver of CUDA 12.3)."""
+    major = device_attribute("CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR", device)
+    return major >= 9 and int(call("cuDriverGetVersion")) >= 12030
+
+
+@functools.cache
 def arch_of(device: int) -> str:
     """Name the architecture of a device as NVRTC does, e.g. `"sm_90"`."""
     prefix = "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_"

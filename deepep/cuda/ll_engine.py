@@ -113,6 +113,7 @@ class LowLatencyEngine:
         self._dispatch_args = LlDispatchArgs(common=self._common)
         self._combine_args = LlCombineArgs(common=self._common)
         self._runtime = runtime()
+        self._starts_early = driver.can_start_early(device)
         self._empty: dict[int, torch.Tensor] = {}
         self._divide_state = functools.lru_cache(_MOST_DIVISIONS)(functools.partial(StateParts.divide, shape))
 
@@ -236,7 +237,8 @@ class LowLatencyEngine:
     def _launch(self, kernel: int, num_blocks: int, smem: int, args: ctypes.Structure) -> None:
         driver.ensure_context(self._device)
         stream = torch._C._cuda_getCurrentRawStream(self._device)
-        self._runtime.launch(kernel, num_blocks, ll_structs.NUM_THREADS, smem, stream, ctypes.addressof(args))
+        address, early = ctypes.addressof(args), self._starts_early
+        self._runtime.launch(kernel, num_blocks, ll_structs.NUM_THREADS, smem, stream, address, False, early)
 
     def _routing(self, request: DispatchRequest, private: LlRouting) -> Routing:
         shape = self.shape

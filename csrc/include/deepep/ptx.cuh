@@ -70,6 +70,14 @@ __device__ __forceinline__ bool any_thread(uint32_t barrier, uint32_t num_thread
     return result != 0;
 }
 
+// A kernel launched with programmatic stream serialization may start before its turn: wait until all work before it in
+// the stream is done and can be seen. Until then it reads nothing but its argument.
+__device__ __forceinline__ void await_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ void fence_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 // Between ordinary accesses and bulk copies of the same global memory, in either direction.
