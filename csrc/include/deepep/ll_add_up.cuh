@@ -23,8 +23,7 @@ __device__ HomeChoice load_home(const LlCombineArgs& args, const Team& team, uin
     if (token >= args.common.num_tokens || team.thread >= shape.num_topk) return choice;
     const uint64_t at = static_cast<uint64_t>(token) * shape.num_topk + team.thread;
     choice.expert = pointer<const int32_t>(args.common.home_topk)[at];
-    const uint64_t index = static_cast<uint64_t>(shape.rank) * shape.num_max_tokens + token;
-    if (args.keeps_own) choice.own = load_choice(args, index, team.thread, true);
+    if (args.keeps_own) choice.own = load_choice(args, Item(shape, shape.rank, token), team.thread);
     return choice;
 }
 

@@ -1,6 +1,7 @@
 // Low-latency dispatch lays out rows per expert: counts, places, tokens from their slots, and those that never left.
 #pragma once
 
+#include <deepep/ll_items.cuh>
 #include <deepep/ll_lines.cuh>
 #include <deepep/ll_push.cuh>
 
@@ -12,27 +13,6 @@ enum class Presence : uint32_t { kUnknown, kAbsent, kPresent };
 struct Arrivals {
     uint32_t header[kMostChoices];
     Presence first[kLlMaxTeams];  // of the first token of each team
-};
-
-// The sources whose tokens come through the window: all of them, or all others.
-struct Sources {
-    uint32_t count, magic, rank;  // rank: own number if it is left out, else more than any
-    __device__ Sources(const LlShape& shape, bool without_own)
-        : count(shape.num_ranks - without_own),
-          magic(without_own ? shape.others_magic : shape.ranks_magic),
-          rank(without_own ? shape.rank : shape.num_ranks) {}
-};
-
-// One token of one source, as a number: sources take turns, so that teams start on what comes first.
-struct Item {
-    uint32_t source, token;
-    uint64_t slot;  // number
-    __device__ Item(const LlShape& shape, const Sources& sources, uint32_t number)
-        : token(divide(number, sources.magic)) {
-        source = number - token * sources.count;
-        if (source >= sources.rank) ++source;
-        slot = static_cast<uint64_t>(source) * shape.num_max_tokens + token;
-    }
 };
 
 // By one thread of each team, while others wait for counts: learn whether the team's first token is there. Its source

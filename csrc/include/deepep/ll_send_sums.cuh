@@ -5,21 +5,6 @@
 
 namespace deepep {
 
-// A token that a team pushes a row for, as a number: sources take turns. This rank's own may be left out.
-struct Debt {
-    uint32_t source = 0, token = 0;
-    uint64_t index = 0;  // slot among those of all sources
-    __device__ Debt() {}
-    __device__ Debt(const LlCombineArgs& args, uint32_t number) {
-        const LlShape& shape = args.common.shape;
-        token = divide(number, args.keeps_own ? shape.others_magic : shape.ranks_magic);
-        source = number - token * count(args);
-        if (args.keeps_own && source >= shape.rank) ++source;
-        index = static_cast<uint64_t>(source) * shape.num_max_tokens + token;
-    }
-    __device__ static uint32_t count(const LlCombineArgs& args) { return args.common.shape.num_ranks - args.keeps_own; }
-};
-
 __device__ __forceinline__ bool is_lined(const LlCombineArgs& args, uint32_t num_tokens) {
     return !args.is_per_copy && num_tokens <= args.common.shape.combine_line_tokens;
 }
@@ -39,24 +24,30 @@ struct Headers {
     }
 };
 
-// What a team pushes: every one of its numbers that is a token, and travels in the way asked for.
+// What a team pushes: a row for every one of its numbers that is a token, and travels in the way asked for. This rank's
+// own tokens may be left out.
 struct Debts {
     const LlCombineArgs& args;
     const uint32_t* headers;
+    const Sources sources;
     uint32_t count, step;
-    __device__ Debts(const LlCombineArgs& arguments, const Team& team, const Headers& sources)
-        : args(arguments), headers(sources.of), step(team.global_count()) {
-        uint32_t most_tokens = sources.most_tokens[0];
-        if constexpr (kWords > 1) most_tokens = max_of(most_tokens, sources.most_tokens[kWords - 1]);
-        count = most_tokens * Debt::count(args);
+    __device__ Debts(const LlCombineArgs& arguments, const Team& team, const Headers& known)
+        : args(arguments),
+          headers(known.of),
+          sources(args.common.shape, args.keeps_own),
+          step(team.global_count()) {
+        uint32_t most_tokens = known.most_tokens[0];
+        if constexpr (kWords > 1) most_tokens = max_of(most_tokens, known.most_tokens[kWords - 1]);
+        count = most_tokens * sources.count;
     }
-    __device__ bool is_due(const Debt& debt, bool as_lines) const {
+    __device__ Item operator[](uint32_t number) const { return Item(args.common.shape, sources, number); }
+    __device__ bool is_due(const Item& debt, bool as_lines) const {
         const uint32_t num_tokens = tokens_of(headers[debt.source]);
         return debt.token < num_tokens && is_lined(args, num_tokens) == as_lines;
     }
     // The first one behind a flag from `number` on; at least `count` if there is none.
     __device__ uint32_t next_slot(uint32_t number) const {
-        while (number < count && !is_due(Debt(args, number), false)) number += step;
+        while (number < count && !is_due((*this)[number], false)) number += step;
         return number;
     }
     __device__ Weights weights(uint32_t source) const { return weights_of(args, source, headers[source]); }
@@ -64,19 +55,20 @@ struct Debts {
 
 // The choice of the team's first debt, whose source may turn out not to have that many tokens.
 __device__ Choice load_first(const LlCombineArgs& args, const Team& team) {
-    if (Debt::count(args) == 0) return {};
-    const Debt debt(args, divide(team.global_index(), args.debt_parts_magic));
+    const Sources sources(args.common.shape, args.keeps_own);
+    if (sources.count == 0) return {};
+    const Item debt(args.common.shape, sources, divide(team.global_index(), args.debt_parts_magic));
     if (debt.token >= args.common.shape.num_max_tokens) return {};
     const bool is_own = debt.source == args.common.shape.rank;
     if (is_own && debt.token >= args.common.num_tokens) return {};
-    return load_choice(args, debt.index, team.thread, is_own);
+    return load_choice(args, debt, team.thread);
 }
 
-__device__ __forceinline__ uint64_t first_slot(const LlCombineArgs& args, const Debt& debt) {
+__device__ __forceinline__ uint64_t first_slot(const LlCombineArgs& args, const Item& debt) {
     return static_cast<uint64_t>(debt.token) * args.common.shape.num_slots;
 }
 
-__device__ __forceinline__ Vec16* home_slots(const LlCombineArgs& args, const LlCall& call, const Debt& debt) {
+__device__ __forceinline__ Vec16* home_slots(const LlCombineArgs& args, const LlCall& call, const Item& debt) {
     Vec16* slots =
         reinterpret_cast<Vec16*>(call.transport.peer_ptr(debt.source, args.common.window.combine_slots + call.bank));
     return slots + first_slot(args, debt) * (args.common.shape.hidden / Bf16::kPerVec);
@@ -87,10 +79,9 @@ __device__ void send_copies(const LlCombineArgs& args, const LlCall& call, const
                             Choice choice, Terms (&listed)[2]) {
     uint32_t turn = 0;
     for (uint32_t number = team.global_index(); number < debts.count; number += debts.step) {
-        const Debt debt(args, number);
+        const Item debt = debts[number];
         if (!debts.is_due(debt, false)) continue;
-        const bool is_own = debt.source == args.common.shape.rank;
-        if (number != team.global_index()) choice = load_choice(args, debt.index, team.thread, is_own);
+        if (number != team.global_index()) choice = load_choice(args, debt, team.thread);
         Terms& terms = listed[turn];
         turn ^= 1;
         list_terms(team, Weights::kNone, choice, terms);
@@ -112,17 +103,14 @@ __device__ void send_slots(const LlCombineArgs& args, const LlCall& call, const 
                            Choice choice, Terms (&listed)[2], uint32_t turn, Meanwhile meanwhile) {
     const LlShape& shape = args.common.shape;
     const bool is_worker = team.thread >= kMostChoices;
-    const auto list = [&](const Debt& debt, const Choice& known, Terms& terms) {
+    const auto list = [&](const Item& debt, const Choice& known, Terms& terms) {
         list_terms(team, debts.weights(debt.source), known, terms);
     };
-    const auto load = [&](const Debt& debt) {
-        return load_choice(args, debt.index, team.thread, debt.source == shape.rank);
-    };
     uint32_t number = debts.next_slot(team.global_index());
-    Debt debt(args, number), earlier;
+    Item debt = debts[number], earlier;
     bool has_earlier = false;  // there, but nobody was told
     if (number < debts.count) {
-        if (number != team.global_index() || args.debt_parts != 1) choice = load(debt);
+        if (number != team.global_index() || args.debt_parts != 1) choice = load_choice(args, debt, team.thread);
         list(debt, choice, listed[turn]);
         team.sync();
     }
@@ -131,7 +119,7 @@ __device__ void send_slots(const LlCombineArgs& args, const LlCall& call, const 
     while (true) {
         const uint32_t next_number = debts.next_slot(number + debts.step);
         const bool is_last = next_number >= debts.count;
-        const Debt next(args, next_number);
+        const Item next = debts[next_number];
         Terms& terms = listed[turn];
         turn ^= 1;
         const bool is_owed = terms.owed() != 0;
@@ -144,16 +132,16 @@ __device__ void send_slots(const LlCombineArgs& args, const LlCall& call, const 
             });
         } else {
             if (awaits_weights) {
-                await_weights(args, call, team, debt.source, debt.index, terms);
+                await_weights(args, call, team, debt.source, debt.slot, terms);
                 team.sync();
             }
-            if (!is_last) list(next, load(next), listed[turn]);
+            if (!is_last) list(next, load_choice(args, next, team.thread), listed[turn]);
         }
         team.sync();
         // One fence for two of them.
         const bool is_put_off = is_owed && !has_earlier && !is_last;
         if (team.thread == 0 && !is_put_off && (is_owed || has_earlier)) {
-            const auto announce = [&](const Debt& done) {
+            const auto announce = [&](const Item& done) {
                 call.signal(done.source, args.common.window.arrived, first_slot(args, done) + shape.rank, 1);
             };
             fence_sys();
@@ -176,16 +164,16 @@ __device__ uint32_t send_lines(const LlCombineArgs& args, const LlCall& call, co
     bool is_first = true;
     for (uint32_t number = team.global_index(); number < debts.count * parts; number += debts.step, is_first = false) {
         const uint32_t row = divide(number, args.debt_parts_magic);
-        const Debt debt(args, row);
+        const Item debt = debts[row];
         if (!debts.is_due(debt, true)) continue;
-        if (!is_first) choice = load_choice(args, debt.index, team.thread, debt.source == rank);
+        if (!is_first) choice = load_choice(args, debt, team.thread);
         Terms& terms = listed[turn];
         turn ^= 1;
         const Weights from = debts.weights(debt.source);
         list_terms(team, from, choice, terms);
         team.sync();
         if (terms.owed() == 0) continue;
-        push_lines(args, call, team, debt.source, debt.token, debt.index, from == Weights::kSentNow,
+        push_lines(args, call, team, debt.source, debt.token, debt.slot, from == Weights::kSentNow,
                    number - row * parts, parts, terms);
     }
     return turn;

@@ -1,7 +1,7 @@
 // Sums of low-latency combine: which rows of a token count, with which weights, added up in the contract's order.
 #pragma once
 
-#include <deepep/ll_common.cuh>
+#include <deepep/ll_items.cuh>
 #include <deepep/quant.cuh>
 
 namespace deepep {
@@ -133,15 +133,15 @@ struct Choice {
     int64_t left_out = 0;  // of this rank's own token: negative if it is
 };
 
-// Choice k of the token in slot `index` of all sources.
-__device__ __forceinline__ Choice load_choice(const LlCombineArgs& args, uint64_t index, uint32_t k, bool is_own) {
+// Choice k of a token.
+__device__ __forceinline__ Choice load_choice(const LlCombineArgs& args, const Item& item, uint32_t k) {
     const LlShape& shape = args.common.shape;
     Choice choice;
     if (k >= shape.num_topk) return choice;
-    const uint64_t at = index * shape.num_topk + k;
+    const uint64_t at = item.slot * shape.num_topk + k;
     choice.row = pointer<const int32_t>(args.common.routes)[at];
-    if (is_own) {
-        const uint64_t own = at - static_cast<uint64_t>(shape.rank) * shape.num_max_tokens * shape.num_topk;
+    if (item.source == shape.rank) {
+        const uint64_t own = static_cast<uint64_t>(item.token) * shape.num_topk + k;
         choice.weight = pointer<const uint32_t>(args.topk_weights)[own];
         choice.left_out = pointer<const int64_t>(args.topk_idx)[own];
     } else {
