@@ -68,6 +68,7 @@ extern "C" __global__ void __launch_bounds__(deepep::kLlThreads, deepep::kLlBloc
     if (threadIdx.x < common.shape.num_ranks) header = pointer<const uint32_t>(common.sources)[threadIdx.x];
     call.prepare(common.window.combine_credits, args.combine_epoch);
     headers.keep(args, call, header);
+    if (args.keeps_own) prefetch_row(args, early.home.own.row);  // their turn comes last
     call.begin(args.combine_epoch);
     run(args, call, team, headers, early, own_sums);
     call.end();

@@ -150,6 +150,13 @@ __device__ __forceinline__ Choice load_choice(const LlCombineArgs& args, const I
     return choice;
 }
 
+// Bring a row of expert outputs close; -1 is none.
+__device__ __forceinline__ void prefetch_row(const LlCombineArgs& args, int32_t row) {
+    const uint32_t row_vecs = args.common.shape.hidden / Bf16::kPerVec;
+    if (row < 0) return;
+    bulk_prefetch(pointer<const Vec16>(args.x) + static_cast<uint64_t>(row) * row_vecs, row_vecs * sizeof(Vec16));
+}
+
 // By the first threads of a team: list the rows here of one token of `source`, and the weights that are known.
 __device__ void list_terms(const Team& team, Weights from, Choice choice, Terms& terms) {
     const uint32_t k = team.thread;
