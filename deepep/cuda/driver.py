@@ -87,7 +87,7 @@ def device_attribute(attribute: str, device: int) -> int:
 
 @functools.cache
 def can_start_early(device: int) -> bool:
-    """Whether a kernel may start before its turn in the stream, captured ones included (sm_90, a driver of CUDA 12.3)."""
+    """Whether kernels may start before their turn in a stream, captured ones as well (sm_90, a driver of CUDA 12.3)."""
     major = device_attribute("CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR", device)
     return major >= 9 and int(call("cuDriverGetVersion")) >= 12030
 

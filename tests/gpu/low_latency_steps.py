@@ -109,6 +109,37 @@ def replay_graphs(group: Any, num_replays: int) -> int:
     return num_wrong
 
 
+def write_inputs_late(group: Any, num_seeds: int) -> int:
+    """What a step reads is written right before it, by kernels that take their time; returns how many were wrong."""
+    decoder = Decoder(group)
+    inputs = (decoder.x, decoder.topk_idx, decoder.topk_weights)
+    late = [torch.zeros_like(part) for part in inputs]
+
+    def late_step() -> torch.Tensor:
+        torch.cuda._sleep(100_000)
+        for part, value in zip(inputs, late, strict=True):
+            torch.add(value, 0, out=part)
+        return decoder.step()
+
+    late_step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = late_step()
+    num_wrong = 0
+    for seed in range(num_seeds):
+        decoder.draw(seed)
+        for part, value in zip(inputs, late, strict=True):
+            value.copy_(part)
+        wanted = decoder.expected()
+        decoder.draw(seed + num_seeds)  # what a step that does not wait would read
+        if seed % 2 == 0:
+            graph.replay()
+        got = replayed if seed % 2 == 0 else late_step()
+        num_wrong += not torch.equal(got.view(torch.int16), wanted.view(torch.int16))
+    decoder.buffer.destroy()
+    return num_wrong
+
+
 def repeat_bitwise(group: Any, num_seeds: int, num_repeats: int) -> int:
     """The same step again and again; returns how many results differ from the first of their seed."""
     decoder = Decoder(group)

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from low_latency_steps import lose_without_masks, mix_lines_and_slots, repeat_bitwise, replay_graphs, shrink
+from low_latency_steps import (
+    lose_without_masks,
+    mix_lines_and_slots,
+    repeat_bitwise,
+    replay_graphs,
+    shrink,
+    write_inputs_late,
+)
 
 from deepep.testing.launch import spawn
 
@@ -11,6 +18,11 @@ from deepep.testing.launch import spawn
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_graphs_and_eager_calls_take_turns_over_changing_routing(num_ranks: int) -> None:
     assert spawn(replay_graphs, num_ranks, 1000, device="cuda", timeout=200) == [0] * num_ranks
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_kernel_that_starts_early_waits_for_its_inputs(num_ranks: int) -> None:
+    assert spawn(write_inputs_late, num_ranks, 50, device="cuda", timeout=100) == [0] * num_ranks
 
 
 @pytest.mark.parametrize("num_ranks", [2, 8])

@@ -162,3 +162,12 @@ def test_a_thread_without_a_context_gets_one_before_its_first_launch(monkeypatch
     assert in_new_thread(0) == (77, ["cuCtxGetCurrent", "cuCtxSetCurrent"])
     assert in_new_thread(5) == (5, ["cuCtxGetCurrent"])  # somebody's own: stays
     driver._primary_context.cache_clear()
+
+
+@pytest.mark.parametrize(("major", "version", "can"), [(8, 13000, False), (9, 12020, False), (9, 12030, True)])
+def test_kernels_start_early_where_graphs_can_hold_them(
+    major: int, version: int, can: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "device_attribute", lambda _name, _device: major)
+    monkeypatch.setattr(driver, "call", lambda _name: version)
+    assert driver.can_start_early.__wrapped__(0) is can

@@ -165,6 +165,7 @@ struct LlCall {
     // nobody waits for it.
     __device__ void end() const {
         __syncthreads();
+        let_next_kernel_start();
         if (!(args.phases & kLlRecv)) return;
         if (threadIdx.x == 0) atomicAdd(&state->num_read[op][epoch % kLlBanks], 1);
         if (args.wait_stats != 0 && blockIdx.x == 0 && threadIdx.x < args.shape.num_ranks) {

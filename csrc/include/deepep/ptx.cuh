@@ -78,6 +78,14 @@ __device__ __forceinline__ void await_previous_kernel() {
 #endif
 }
 
+// Let such a kernel behind this one start, once every block has come here: with no wait for another rank left, lest blocks
+// that wait for their turn keep those of other ranks on the same GPU from running.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ void fence_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 // Between ordinary accesses and bulk copies of the same global memory, in either direction.
