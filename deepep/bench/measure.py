@@ -71,14 +71,15 @@ class CudaClock:
         """Time calls between events on the stream; ranks start together on the device."""
         return [self._between_events(call) for _ in range(num_iters)]
 
-    def replay(self, call: Call, num_iters: int) -> list[float]:
-        """Time replays of a CUDA graph that holds the call."""
+    def replay(self, call: Call, num_iters: int, num_calls: int = 1) -> list[float]:
+        """Time replays of a CUDA graph that holds the call, or several one after the other; gives the time per call."""
         call()  # whatever it prepares on first use cannot be captured
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            kept = call()  # results must outlive the replays that write them
-        times = [self._between_events(graph.replay) for _ in range(num_iters)]
+            for _ in range(num_calls):
+                kept = call()  # results must outlive the replays that write them
+        times = [self._between_events(graph.replay) / num_calls for _ in range(num_iters)]
         del kept
         return times
 

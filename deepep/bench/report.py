@@ -31,6 +31,7 @@ class Row:
         wall_us: Python call until its result is usable.
         events_us: between events on the stream.
         replay_us: graph replay.
+        in_a_row_us: replay of a graph of many calls, per call.
         kernels_us: all kernels of the operation.
         remote_bytes: to or from other ranks, of the rank with most.
         remote_bytes_per_second: over the best clock that covers the whole operation.
@@ -49,6 +50,7 @@ class Row:
     wall_us: float
     events_us: float | None
     replay_us: float | None
+    in_a_row_us: float | None
     kernels_us: float | None
     remote_bytes: int
     remote_bytes_per_second: float
@@ -80,7 +82,7 @@ def _row(reports: Sequence[RankReport], timings: list[Timing]) -> Row:
     kernels = {name: max(timing.kernels.get(name, 0.0) for timing in timings) for name in first.kernels}
     return Row(
         first.op, first.layout, first.routing, first.num_sms, wall, events,
-        _slowest([timing.replay for timing in timings]),
+        _slowest([timing.replay for timing in timings]), _slowest([timing.in_a_row for timing in timings]),
         max(sum(timing.kernels.values()) for timing in timings) if kernels else None,
         remote, remote / best * 1e6, floor, best / floor if floor else None, first.bare_name,
         _slowest([timing.bare for timing in timings]), _slowest([timing.bare_new for timing in timings]), kernels,
@@ -115,13 +117,11 @@ def text(plan: Plan, reports: Sequence[RankReport], rows: Sequence[Row]) -> str:
     ]
     for layout, size in first.window_bytes.items():
         lines += [f"memory of the {layout} buffer: {size / 2**20:.0f} MiB per rank"] if size else []
-    lines += [
-        "",
-        f"{'operation':34}  routing      SMs      wall    events    replay   kernels  remote MB    GB/s  floor x",
-    ]
+    clocks = "    wall    events    replay  in a row   kernels"
+    lines += ["", f"{'operation':34}  routing      SMs  {clocks}  remote MB    GB/s  floor x"]
     lines += [
         f"{row.op:34}  {row.routing:10}  {row.num_sms or 'auto':>4}  {_ms(row.wall_us)}  {_ms(row.events_us)}  "
-        f"{_ms(row.replay_us)}  {_ms(row.kernels_us)}  {row.remote_bytes / 1e6:9.2f}  "
+        f"{_ms(row.replay_us)}  {_ms(row.in_a_row_us)}  {_ms(row.kernels_us)}  {row.remote_bytes / 1e6:9.2f}  "
         f"{row.remote_bytes_per_second / 1e9:6.2f}  {_times(row.ratio_to_floor)}"
         for row in rows
     ]

@@ -22,6 +22,8 @@ from deepep.front import Front
 from deepep.group import Group
 from deepep.progress import progress_bar
 
+CALLS_IN_A_ROW = 16
+
 
 @dataclass
 class Timing:
@@ -33,6 +35,7 @@ class Timing:
         wall: of each call.
         events: of each call between events on the stream, CUDA only.
         replay: of each graph replay, where the operation can be captured.
+        in_a_row: of each replay of a graph that holds many calls, per call; only where the L2 is left as it is.
         kernels: by name, median per call.
         bare: of bare all-to-all calls that move the same bytes, into tensors made beforehand.
         bare_new: the same into new tensors, CPU only.
@@ -47,6 +50,7 @@ class Timing:
     wall: list[float] = field(default_factory=list)
     events: list[float] = field(default_factory=list)
     replay: list[float] = field(default_factory=list)
+    in_a_row: list[float] = field(default_factory=list)
     kernels: dict[str, float] = field(default_factory=dict)
     bare: list[float] = field(default_factory=list)
     bare_new: list[float] = field(default_factory=list)
@@ -178,6 +182,8 @@ def _time_on_gpu(
     timing.kernels = clock.kernels(operation.call, plan.num_iters)[1]
     if operation.capture is not None and front._capabilities.graph_capture:
         timing.replay = clock.replay(operation.capture, plan.num_iters)
+        if not plan.has_cold_l2:
+            timing.in_a_row = clock.replay(operation.capture, plan.num_iters, CALLS_IN_A_ROW)
     bare = transport.calls(operation.transport, is_reused=True)
     if bare is not None:
         timing.bare_name = transport.name

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from deepep import InvalidArgument
 from deepep.bench import checks, cli, report
 from deepep.bench.checks import Scene, WrongResult
 from deepep.bench.inputs import make_choice
+from deepep.bench.measure import CudaClock
 from deepep.bench.plan import Plan
 from deepep.bench.run import RankReport, Timing
 
@@ -89,6 +92,18 @@ def test_the_slowest_rank_of_each_call_counts() -> None:
     assert row.ratio_to_floor == pytest.approx(5.0 * 365e9 / 730 / 1e6)
     assert row.bare_us == 2.0
     assert row.replay_us is None
+
+
+def test_calls_in_a_row_share_the_time_of_their_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", mock.Mock())
+    monkeypatch.setattr(torch.cuda, "graph", contextlib.nullcontext)
+    monkeypatch.setattr(CudaClock, "_between_events", lambda _self, _call: 48.0)
+    clock, call = CudaClock(lambda: None, None, False), mock.Mock()
+    assert clock.replay(call, 3) == [48.0] * 3
+    assert call.call_count == 2  # one of them before the capture
+    assert clock.replay(call, 3, 16) == [3.0] * 3
+    assert call.call_count == 2 + 17
 
 
 def test_no_floor_where_ranks_share_a_gpu() -> None:
