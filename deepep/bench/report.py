@@ -118,9 +118,9 @@ def text(plan: Plan, reports: Sequence[RankReport], rows: Sequence[Row]) -> str:
     for layout, size in first.window_bytes.items():
         lines += [f"memory of the {layout} buffer: {size / 2**20:.0f} MiB per rank"] if size else []
     clocks = "    wall    events    replay  in a row   kernels"
-    lines += ["", f"{'operation':34}  routing      SMs  {clocks}  remote MB    GB/s  floor x"]
+    lines += ["", f"{'operation':36}  routing      SMs  {clocks}  remote MB    GB/s  floor x"]
     lines += [
-        f"{row.op:34}  {row.routing:10}  {row.num_sms or 'auto':>4}  {_ms(row.wall_us)}  {_ms(row.events_us)}  "
+        f"{row.op:36}  {row.routing:10}  {row.num_sms or 'auto':>4}  {_ms(row.wall_us)}  {_ms(row.events_us)}  "
         f"{_ms(row.replay_us)}  {_ms(row.in_a_row_us)}  {_ms(row.kernels_us)}  {row.remote_bytes / 1e6:9.2f}  "
         f"{row.remote_bytes_per_second / 1e9:6.2f}  {_times(row.ratio_to_floor)}"
         for row in rows
@@ -160,12 +160,12 @@ def _comparison(rows: Sequence[Row]) -> list[str]:
     lines = [
         "",
         f"bare all_to_all_single calls ({measured[0].bare}) that move the same bytes, ms, and the ratio to them:",
-        f"{'operation':34}  routing      SMs   reused tensors         new tensors",
+        f"{'operation':36}  routing      SMs   reused tensors         new tensors",
     ]
     for row in measured:
         new = f"{_ms(row.bare_new_us)} {row.best_us / row.bare_new_us:6.2f}x" if row.bare_new_us else ""
         lines.append(
-            f"{row.op:34}  {row.routing:10}  {row.num_sms or 'auto':>4}  "
+            f"{row.op:36}  {row.routing:10}  {row.num_sms or 'auto':>4}  "
             f"{_ms(row.bare_us)} {row.best_us / (row.bare_us or 1.0):6.2f}x   {new}"
         )
     for name, (reused, new_ratio) in ratios(rows).items():
