@@ -21,11 +21,9 @@ struct Item {
     __device__ Item() {}
     __device__ Item(const LlShape& shape, uint32_t from, uint32_t index)
         : source(from), token(index), slot(static_cast<uint64_t>(from) * shape.num_max_tokens + index) {}
-    __device__ Item(const LlShape& shape, const Sources& sources, uint32_t number)
-        : token(divide(number, sources.magic)) {
-        source = number - token * sources.count;
-        if (source >= sources.rank) ++source;
-        slot = static_cast<uint64_t>(source) * shape.num_max_tokens + token;
+    __device__ Item(const LlShape& shape, const Sources& sources, uint32_t number) {
+        const uint32_t index = divide(number, sources.magic), from = number - index * sources.count;
+        *this = Item(shape, from >= sources.rank ? from + 1 : from, index);
     }
 };
 

@@ -132,7 +132,7 @@ __device__ void send_slots(const LlCombineArgs& args, const LlCall& call, const 
             });
         } else {
             if (awaits_weights) {
-                await_weights(args, call, team, debt.source, debt.slot, terms);
+                await_weights(args, call, team, debt, terms);
                 team.sync();
             }
             if (!is_last) list(next, load_choice(args, next, team.thread), listed[turn]);
@@ -159,7 +159,7 @@ __device__ void send_slots(const LlCombineArgs& args, const LlCall& call, const 
 // Push the rows that travel as lines, each in as many parts as there are teams for. Gives the next of the two `listed`.
 __device__ uint32_t send_lines(const LlCombineArgs& args, const LlCall& call, const Team& team, const Debts& debts,
                                Choice choice, Terms (&listed)[2]) {
-    const uint32_t rank = args.common.shape.rank, parts = args.debt_parts;
+    const uint32_t parts = args.debt_parts;
     uint32_t turn = 0;
     bool is_first = true;
     for (uint32_t number = team.global_index(); number < debts.count * parts; number += debts.step, is_first = false) {
@@ -173,8 +173,7 @@ __device__ uint32_t send_lines(const LlCombineArgs& args, const LlCall& call, co
         list_terms(team, from, choice, terms);
         team.sync();
         if (terms.owed() == 0) continue;
-        push_lines(args, call, team, debt.source, debt.token, debt.slot, from == Weights::kSentNow,
-                   number - row * parts, parts, terms);
+        push_lines(args, call, team, debt, from == Weights::kSentNow, number - row * parts, parts, terms);
     }
     return turn;
 }

@@ -16,20 +16,19 @@ __device__ __forceinline__ uint64_t sum_lines_of(const LlShape& shape, const LlW
 
 // By a team: the `part`th of `parts` of a token's weighted sum, to its home. What list_terms() found is in `terms`;
 // where the weights are yet to come, rows are loaded before they are waited for.
-__device__ void push_lines(const LlCombineArgs& args, const LlCall& call, const Team& team, uint32_t source,
-                           uint32_t token, uint64_t index, bool awaits_weights, uint32_t part, uint32_t parts,
-                           Terms& terms) {
+__device__ void push_lines(const LlCombineArgs& args, const LlCall& call, const Team& team, const Item& item,
+                           bool awaits_weights, uint32_t part, uint32_t parts, Terms& terms) {
     const LlShape& shape = args.common.shape;
     const uint32_t row_vecs = shape.hidden / Bf16::kPerVec, end = octets_end(row_vecs);
     const Bits owes = terms.owed();
     Vec16* out = reinterpret_cast<Vec16*>(call.transport.peer_ptr(
-        source, sum_lines_of(shape, args.common.window, token, shape.rank) + call.bank));
+        item.source, sum_lines_of(shape, args.common.window, item.token, shape.rank) + call.bank));
     for (uint32_t base = part * team.threads; base < row_vecs; base += parts * team.threads) {
         const uint32_t vec = base + team.thread;
         const uint32_t inside[] = {min_of(vec, row_vecs - 1)};
         const auto ready = [&] {
             if (!awaits_weights) return;
-            await_weights(args, call, team, source, index, terms);
+            await_weights(args, call, team, item, terms);
             team.sync();
             awaits_weights = false;
         };

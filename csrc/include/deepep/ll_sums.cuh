@@ -157,7 +157,7 @@ __device__ __forceinline__ void prefetch_row(const LlCombineArgs& args, int32_t 
     bulk_prefetch(pointer<const Vec16>(args.x) + static_cast<uint64_t>(row) * row_vecs, row_vecs * sizeof(Vec16));
 }
 
-// By the first threads of a team: list the rows here of one token of `source`, and the weights that are known.
+// By the first threads of a team: list the rows here of one token, and the weights that are known.
 __device__ void list_terms(const Team& team, Weights from, Choice choice, Terms& terms) {
     const uint32_t k = team.thread;
     if (k >= kMostChoices) return;
@@ -171,14 +171,14 @@ __device__ void list_terms(const Team& team, Weights from, Choice choice, Terms&
 }
 
 // By the first threads of a team: wait for a token's weights, which its home sends only now.
-__device__ void await_weights(const LlCombineArgs& args, const LlCall& call, const Team& team, uint32_t source,
-                              uint64_t index, Terms& terms) {
+__device__ void await_weights(const LlCombineArgs& args, const LlCall& call, const Team& team, const Item& item,
+                              Terms& terms) {
     const uint32_t k = team.thread;
     if (k >= kMostChoices) return;
     uint32_t weight = kSkippedWeight;
     if (terms.owes[k / kWarpSize] >> (k % kWarpSize) & 1) {
-        const uint64_t* word = call.own_word(args.common.window.weights, index * args.common.shape.num_topk + k);
-        if (!call.wait<false>(source, word, weight, true)) weight = kSkippedWeight;
+        const uint64_t* word = call.own_word(args.common.window.weights, item.slot * args.common.shape.num_topk + k);
+        if (!call.wait<false>(item.source, word, weight, true)) weight = kSkippedWeight;
     }
     terms.weight[k] = __uint_as_float(weight);
     set_valid(team, weight != kSkippedWeight, terms);
