@@ -20,6 +20,7 @@ from deepep.version import __version__
 # What NVLink of one Hopper GPU was measured to carry each way, bytes per second: the floor of every operation.
 _NVLINK_BYTES_PER_SECOND = 365e9
 _NVLINK_GPUS = ("H100", "H200")
+_LABELS = f"{'operation':36}  routing      SMs"
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,9 @@ def text(plan: Plan, reports: Sequence[RankReport], rows: Sequence[Row]) -> str:
     for layout, size in first.window_bytes.items():
         lines += [f"memory of the {layout} buffer: {size / 2**20:.0f} MiB per rank"] if size else []
     clocks = "    wall    events    replay  in a row   kernels"
-    lines += ["", f"{'operation':36}  routing      SMs  {clocks}  remote MB    GB/s  floor x"]
+    lines += ["", f"{_LABELS}  {clocks}  remote MB    GB/s  floor x"]
     lines += [
-        f"{row.op:36}  {row.routing:10}  {row.num_sms or 'auto':>4}  {_ms(row.wall_us)}  {_ms(row.events_us)}  "
+        f"{_labels(row)}  {_ms(row.wall_us)}  {_ms(row.events_us)}  "
         f"{_ms(row.replay_us)}  {_ms(row.in_a_row_us)}  {_ms(row.kernels_us)}  {row.remote_bytes / 1e6:9.2f}  "
         f"{row.remote_bytes_per_second / 1e9:6.2f}  {_times(row.ratio_to_floor)}"
         for row in rows
@@ -160,14 +161,11 @@ def _comparison(rows: Sequence[Row]) -> list[str]:
     lines = [
         "",
         f"bare all_to_all_single calls ({measured[0].bare}) that move the same bytes, ms, and the ratio to them:",
-        f"{'operation':36}  routing      SMs   reused tensors         new tensors",
+        f"{_LABELS}   reused tensors         new tensors",
     ]
     for row in measured:
         new = f"{_ms(row.bare_new_us)} {row.best_us / row.bare_new_us:6.2f}x" if row.bare_new_us else ""
-        lines.append(
-            f"{row.op:36}  {row.routing:10}  {row.num_sms or 'auto':>4}  "
-            f"{_ms(row.bare_us)} {row.best_us / (row.bare_us or 1.0):6.2f}x   {new}"
-        )
+        lines.append(f"{_labels(row)}  {_ms(row.bare_us)} {row.best_us / (row.bare_us or 1.0):6.2f}x   {new}")
     for name, (reused, new_ratio) in ratios(rows).items():
         end = "" if new_ratio is None else f", {new_ratio:.2f}x the same calls into new tensors"
         lines.append(f"dispatch + combine ({name}): {reused:.2f}x bare calls into tensors made beforehand{end}")
@@ -205,6 +203,10 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.strip()
+
+
+def _labels(row: Row) -> str:
+    return f"{row.op:36}  {row.routing:10}  {row.num_sms or 'auto':>4}"
 
 
 def _ms(microseconds: float | None) -> str:

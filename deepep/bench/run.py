@@ -22,7 +22,7 @@ from deepep.front import Front
 from deepep.group import Group
 from deepep.progress import progress_bar
 
-CALLS_IN_A_ROW = 16
+_CALLS_IN_A_ROW = 16
 
 
 @dataclass
@@ -183,7 +183,7 @@ def _time_on_gpu(
     if operation.capture is not None and front._capabilities.graph_capture:
         timing.replay = clock.replay(operation.capture, plan.num_iters)
         if not plan.has_cold_l2:
-            timing.in_a_row = clock.replay(operation.capture, plan.num_iters, CALLS_IN_A_ROW)
+            timing.in_a_row = clock.replay(operation.capture, plan.num_iters, _CALLS_IN_A_ROW)
     bare = transport.calls(operation.transport, is_reused=True)
     if bare is not None:
         timing.bare_name = transport.name

@@ -237,8 +237,8 @@ class LowLatencyEngine:
     def _launch(self, kernel: int, num_blocks: int, smem: int, args: ctypes.Structure) -> None:
         driver.ensure_context(self._device)
         stream = torch._C._cuda_getCurrentRawStream(self._device)
-        address, early = ctypes.addressof(args), self._starts_early
-        self._runtime.launch(kernel, num_blocks, ll_structs.NUM_THREADS, smem, stream, address, False, early)
+        address = ctypes.addressof(args)
+        self._runtime.launch(kernel, num_blocks, ll_structs.NUM_THREADS, smem, stream, address, pdl=self._starts_early)
 
     def _routing(self, request: DispatchRequest, private: LlRouting) -> Routing:
         shape = self.shape
