@@ -1,8 +1,7 @@
-"""`ElasticBuffer` and `EPHandle`: what the contract checks leave out."""
+"""`ElasticBuffer`: what the contract checks leave out."""
 
 from __future__ import annotations
 
-import copy
 import resource
 import weakref
 from collections.abc import Iterator
@@ -11,16 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from elastic_scenes import HIDDEN, MAX_TOKENS, NUM_EXPERTS, NUM_TOPK, batch, build, same_bits
 
 import deepep
 from deepep.compat import refs
-from deepep.elastic_sizes import SIZE_ALIGNMENT, theoretical_num_qps, theoretical_num_sms
+from deepep.elastic_sizes import SIZE_ALIGNMENT
 from deepep.layout import last_slots, topk_ranks
-from deepep.testing.checks_elastic import SAVED_FIELDS
 from deepep.testing.launch import Workers
 from deepep.topology import Topology
-
-HIDDEN, NUM_TOPK, NUM_EXPERTS, MAX_TOKENS = 32, 3, 8, 9
 
 
 @pytest.fixture(scope="module")
@@ -33,101 +30,6 @@ def pair() -> Iterator[Workers]:
 def four() -> Iterator[Workers]:
     with Workers(4) as workers:
         yield workers
-
-
-def build(group: Any, **options: Any) -> Any:
-    shape = {"num_max_tokens_per_rank": MAX_TOKENS, "hidden": HIDDEN, "num_topk": NUM_TOPK}
-    return deepep.ElasticBuffer(group, backend="reference", timeout=30, **{**shape, **options})
-
-
-def batch(group: Any, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x, topk_idx with holes, topk_weights of this rank."""
-    random = torch.Generator().manual_seed(100 * seed + group.rank())
-    num_tokens = MAX_TOKENS - group.rank() % 2
-    x = torch.randn(num_tokens, HIDDEN, generator=random).bfloat16()
-    topk_idx = torch.rand(num_tokens, NUM_EXPERTS, generator=random).topk(NUM_TOPK).indices
-    topk_idx[torch.rand(topk_idx.shape, generator=random) < 0.2] = -1
-    return x, topk_idx, torch.rand(num_tokens, NUM_TOPK, generator=random)
-
-
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one.view(torch.int16), other.view(torch.int16))
-
-
-def recompute(group: Any, do_expand: bool, do_cpu_sync: bool, num_hosts: int) -> None:
-    """A later dispatch's handle gets the fields of an earlier one, as programs that recompute activations do."""
-    buffer = build(group, topology=Topology.split(group.size(), num_hosts))
-    other = build(group, topology=Topology.split(group.size(), num_hosts))
-    x, topk_idx, _ = batch(group)
-    options: dict[str, Any] = {"num_experts": NUM_EXPERTS, "do_expand": do_expand, "do_cpu_sync": do_cpu_sync}
-    options |= {"expert_alignment": 4, "do_zero_padding": True}
-    recv, _, _, handle, _ = buffer.dispatch(x, topk_idx, **options)
-    num_real = handle.num_recv_tokens if do_cpu_sync else int(handle.psum_num_recv_tokens_per_scaleup_rank[-1])
-    rows = torch.ones(len(recv), dtype=torch.bool) if do_expand else torch.arange(len(recv)) < num_real
-    y = buffer.combine(recv, handle)[0]
-    saved = {name: getattr(handle, name) for name in SAVED_FIELDS}
-    shadow = copy.copy(handle)
-    for name in SAVED_FIELDS:
-        setattr(handle, name, None)
-    with pytest.raises(deepep.InvalidArgument, match="topk_idx"):
-        buffer.combine(recv, handle)
-    again = buffer.dispatch(x, topk_idx, **options)[3]
-    for name, value in saved.items():
-        setattr(again, name, value.clone() if isinstance(value, torch.Tensor) else value)
-    for user in (buffer, other):
-        repeated = user.dispatch(x, handle=again, do_zero_padding=True)[0]
-        assert same_bits(repeated[rows], recv[rows])
-        assert same_bits(user.combine(recv, again)[0], y)
-    assert same_bits(other.combine(recv, shadow)[0], y)
-
-
-@pytest.mark.parametrize("do_expand", [False, True])
-@pytest.mark.parametrize("do_cpu_sync", [False, True])
-def test_fields_saved_cleared_and_put_back_give_the_same_bits(
-    pair: Workers, do_expand: bool, do_cpu_sync: bool
-) -> None:
-    pair.run(recompute, do_expand, do_cpu_sync, 1)
-
-
-@pytest.mark.parametrize("do_expand", [False, True])
-def test_fields_put_back_across_hosts(four: Workers, do_expand: bool) -> None:
-    four.run(recompute, do_expand, False, 2)
-
-
-def foreign_fields(group: Any) -> None:
-    """Fields of another routing are followed, not what was remembered; metadata is still that of its own dispatch."""
-    buffer = build(group)
-    x, idx, weights = batch(group)
-    _, other_idx, other_weights = batch(group, seed=1)
-    recv, _, _, handle, _ = buffer.dispatch(x, idx, weights, num_experts=NUM_EXPERTS)
-    wanted, _, _, replaced, _ = buffer.dispatch(x, other_idx, other_weights, num_experts=NUM_EXPERTS)
-    before = buffer.combine(recv, handle)[0]
-    for name in SAVED_FIELDS:
-        setattr(handle, name, getattr(replaced, name))
-    assert same_bits(buffer.dispatch(x, handle=handle)[0], wanted)
-    handle = buffer.dispatch(x, idx, weights, num_experts=NUM_EXPERTS)[3]
-    handle.psum_num_recv_tokens_per_scaleup_rank = handle.psum_num_recv_tokens_per_scaleup_rank.clone()
-    assert same_bits(buffer.combine(recv, handle)[0], before)
-
-
-def test_replaced_fields_are_followed(pair: Workers) -> None:
-    pair.run(foreign_fields)
-
-
-def shortened(group: Any) -> None:
-    """A client may cut the unused tail off the metadata, and off its rows."""
-    buffer = build(group)
-    x, idx, weights = batch(group)
-    recv, _, _, handle, _ = buffer.dispatch(x, idx, weights, num_experts=NUM_EXPERTS, do_cpu_sync=False)
-    num_real = int(handle.psum_num_recv_tokens_per_scaleup_rank[-1])
-    y = buffer.combine(recv, handle)[0]
-    handle.recv_src_metadata = handle.recv_src_metadata[:num_real]
-    assert same_bits(buffer.combine(recv[:num_real], handle)[0], y)
-    assert same_bits(buffer.dispatch(x, handle=handle)[0], recv[:num_real])
-
-
-def test_metadata_may_be_cut(pair: Workers) -> None:
-    pair.run(shortened)
 
 
 def add_up(group: Any, do_expand: bool, allow_hybrid_mode: bool, allow_multiple_reduction: bool) -> None:
@@ -320,39 +222,6 @@ def check_sizes(group: Any) -> None:
 
 def test_sizes_of_a_buffer(pair: Workers) -> None:
     pair.run(check_sizes)
-
-
-def test_larger_shapes_need_larger_buffers() -> None:
-    sizes = [
-        deepep.ElasticBuffer.get_buffer_size_hint(FakeGroup(), 4096, 7168, num_topk=8, **options)
-        for options in ({"use_fp8_dispatch": True}, {}, {"allow_multiple_reduction": False})
-    ]
-    assert sizes[0] <= sizes[1] <= sizes[2]
-    assert all(size % SIZE_ALIGNMENT == 0 for size in sizes)
-    tokens, unknown = (deepep.ElasticBuffer.get_buffer_size_hint(FakeGroup(), 4096, 7168, k) for k in (8, 0))
-    assert tokens <= unknown
-
-
-class FakeGroup:
-    def size(self) -> int:
-        return 8
-
-
-@pytest.mark.parametrize("domain", [(1, 1), (1, 2), (1, 8), (2, 1), (4, 8)])
-def test_multiprocessors_follow_the_links(domain: tuple[int, int]) -> None:
-    for num_topk in (1, 8, 300):
-        few = theoretical_num_sms(domain, 256, num_topk, nvlink_gbs=10, rdma_gbs=1)
-        usual = theoretical_num_sms(domain, 256, num_topk)
-        assert 4 <= few <= usual < 100
-        assert few % 2 == usual % 2 == 0
-    with pytest.raises(deepep.InvalidArgument, match="num_experts=3"):
-        theoretical_num_sms((1, 2), 3, 1)
-
-
-def test_queue_pairs() -> None:
-    assert theoretical_num_qps(24, is_hybrid=False, num_allocated_qps=17) == 9
-    assert theoretical_num_qps(2, is_hybrid=True, num_allocated_qps=65) == 33
-    assert theoretical_num_qps(24, is_hybrid=True, num_allocated_qps=65) == 65
 
 
 @pytest.mark.parametrize(
