@@ -47,24 +47,31 @@ class Decoder:
         self.topk_idx.copy_(scores.topk(TOPK, dim=1).indices.masked_fill(missing, -1))
         self.topk_weights.copy_(torch.rand(MAX_TOKENS, TOPK, generator=generator))
 
-    def step(self, *, weights_ahead: bool = False, use_hook: bool = False) -> torch.Tensor:
+    def step(self, *, weights_ahead: bool = False, use_hook: bool = False, is_async: bool = False) -> torch.Tensor:
         """Dispatch and combine once; returns [T, H]."""
         x, topk_idx, topk_weights = (part[: self.num_tokens] for part in (self.x, self.topk_idx, self.topk_weights))
-        rows, _, handle, _, hook = self.buffer.low_latency_dispatch(
+        rows, _, handle, event, hook = self.buffer.low_latency_dispatch(
             x,
             topk_idx,
             MAX_TOKENS,
             self.num_experts,
             use_fp8=False,
+            async_finish=is_async,
             return_recv_hook=use_hook,
             topk_weights=topk_weights if weights_ahead else None,
         )
         if hook is not None:
             hook()
+        if is_async:
+            event.current_stream_wait()
         assert isinstance(rows, torch.Tensor)
-        y, _, hook = self.buffer.low_latency_combine(rows, topk_idx, topk_weights, handle, return_recv_hook=use_hook)
+        y, event, hook = self.buffer.low_latency_combine(
+            rows, topk_idx, topk_weights, handle, async_finish=is_async, return_recv_hook=use_hook
+        )
         if hook is not None:
             hook()
+        if is_async:
+            event.current_stream_wait()
         return y
 
     def expected(self, gone: tuple[int, ...] = ()) -> torch.Tensor:
@@ -109,8 +116,8 @@ def replay_graphs(group: Any, num_replays: int) -> int:
     return num_wrong
 
 
-def write_inputs_late(group: Any, num_seeds: int) -> int:
-    """What a step reads is written right before it, by kernels that take their time; returns how many were wrong."""
+def write_inputs_late(group: Any, writer: str, is_async: bool, num_seeds: int) -> int:
+    """What a step reads is written right before it, and late; returns how many were wrong."""
     decoder = Decoder(group)
     inputs = (decoder.x, decoder.topk_idx, decoder.topk_weights)
     late = [torch.zeros_like(part) for part in inputs]
@@ -118,8 +125,11 @@ def write_inputs_late(group: Any, num_seeds: int) -> int:
     def late_step() -> torch.Tensor:
         torch.cuda._sleep(100_000)
         for part, value in zip(inputs, late, strict=True):
-            torch.add(value, 0, out=part)
-        return decoder.step()
+            if writer == "copy":
+                part.copy_(value)
+            else:
+                torch.add(value, 0, out=part)
+        return decoder.step(is_async=is_async)
 
     late_step()
     graph = torch.cuda.CUDAGraph()

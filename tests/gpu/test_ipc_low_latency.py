@@ -20,9 +20,12 @@ def test_graphs_and_eager_calls_take_turns_over_changing_routing(num_ranks: int)
     assert spawn(replay_graphs, num_ranks, 1000, device="cuda", timeout=200) == [0] * num_ranks
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("writer", ["kernel", "copy"])
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_a_kernel_that_starts_early_waits_for_its_inputs(num_ranks: int) -> None:
-    assert spawn(write_inputs_late, num_ranks, 50, device="cuda", timeout=100) == [0] * num_ranks
+def test_a_kernel_that_starts_early_waits_for_its_inputs(num_ranks: int, writer: str, is_async: bool) -> None:
+    results = spawn(write_inputs_late, num_ranks, writer, is_async, 50, device="cuda", timeout=100)
+    assert results == [0] * num_ranks
 
 
 @pytest.mark.parametrize("num_ranks", [2, 8])
