@@ -9,6 +9,7 @@ namespace {
 template <bool kFp8>
 __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table) {
     __shared__ Stay stays[kKeptTokens][kMostChoices];
+    __shared__ Arrivals from;
     const LlCommon& common = args.common;
     const uint64_t credits = common.window.dispatch_credits;
     const Range range(args);
@@ -16,6 +17,7 @@ __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table) {
     const bool as_lines = is_lined(common.shape, common.num_tokens);
     Stay(*kept)[kMostChoices] = args.keeps_own ? stays : nullptr;
     Outgoing<kFp8> last;
+    from.init();
     if (is_sending) {
         const uint32_t num_scanned = (range.is_publisher ? common.num_tokens : range.begin) * common.shape.num_topk;
         const Scan scan = load_scan(args, 0, num_scanned);
@@ -45,7 +47,7 @@ __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table) {
         call.prepare(credits, common.call_epoch);
         call.begin(common.call_epoch);
     }
-    if (is_receiving) receive<kFp8>(args, call, range, last, table, kept, as_lines);
+    if (is_receiving) receive<kFp8>(args, call, range, last, table, kept, as_lines, from);
     call.end();
 }
 

@@ -12,7 +12,13 @@ enum class Presence : uint32_t { kUnknown, kAbsent, kPresent };
 
 struct Arrivals {
     uint32_t header[kMostChoices];
-    Presence first[kLlMaxTeams];  // of the first token of each team
+    uint32_t most_lined, most_slotted;  // tokens of any source that sends lines, and of any that does not
+    Presence first[kLlMaxTeams];        // of the first token of each team
+
+    // By the whole block, before a barrier that comes before the first header.
+    __device__ void init() {
+        if (threadIdx.x == 0) most_lined = most_slotted = 0;
+    }
 };
 
 // By one thread of each team, while others wait for counts: learn whether the team's first token is there. Its source
@@ -46,8 +52,11 @@ struct Announced {
         word = call.own_word(is_header ? window.headers : window.counts, is_header ? rank : i);
     }
     __device__ static uint32_t count(const LlShape& shape) { return shape.num_experts + shape.num_ranks; }
-    __device__ void keep(uint32_t i, uint32_t value, uint32_t* table, Arrivals& from) const {
+    __device__ void keep(const LlShape& shape, uint32_t i, uint32_t value, uint32_t* table, Arrivals& from) const {
         (is_header ? from.header[rank] : table[i]) = value;
+        if (!is_header) return;
+        const uint32_t num_tokens = tokens_of(value);
+        atomicMax(is_lined(shape, num_tokens) ? &from.most_lined : &from.most_slotted, num_tokens);
     }
 };
 
@@ -59,7 +68,7 @@ __device__ void await_counts(const LlDispatchArgs& args, const LlCall& call, uin
         const Announced announced(args, call, i);
         uint32_t value = 0;
         if (call.is_masked(announced.rank) || !call.wait<false>(announced.rank, announced.word, value)) value = 0;
-        announced.keep(i, value, table, from);
+        announced.keep(args.common.shape, i, value, table, from);
     }
 }
 
@@ -93,13 +102,22 @@ __device__ void report(const LlDispatchArgs& args, const uint32_t* table, const 
     }
 }
 
-// The rows that one token gets here, by top-k position.
+// The rows that one token gets here, and their scale factors: side by side, for each word of top-k positions.
 struct Rows {
     uint32_t is_present;
-    uint32_t valid[kWords];
-    uint32_t row[kMostChoices];
-    uint32_t sf_at[kMostChoices];  // index of the row's first scale factor
-    __device__ Bits bits() const { return bits_of(valid); }
+    uint32_t count[kWords];
+    uint8_t* row[kMostChoices];
+    uint8_t* sf[kMostChoices];
+
+    template <typename Visit>
+    __device__ __forceinline__ void for_each(Visit visit) const {
+#pragma unroll
+        for (uint32_t w = 0; w < kWords; ++w) {
+            const uint32_t end = w * kWarpSize + count[w];
+#pragma unroll 1
+            for (uint32_t i = w * kWarpSize; i < end; ++i) visit(row[i], sf[i]);
+        }
+    }
 };
 
 constexpr uint32_t kVecsAtOnce = 4;  // of a row, per thread
@@ -133,17 +151,16 @@ __device__ __forceinline__ void load_part(const Vec16* in, uint32_t base, uint32
     }
 }
 
-__device__ __forceinline__ void store_part(const LlDispatchArgs& args, uint32_t base, uint32_t num_vecs,
-                                           const Team& team, const Rows& rows, const Arrived& arrived) {
-    for (Bits left = rows.bits(); left != 0;) {
-        const uint32_t r = pop_bit(left);
-        Vec16* out = pointer<Vec16>(args.recv_x) + static_cast<uint64_t>(rows.row[r]) * num_vecs;
+__device__ __forceinline__ void store_part(uint32_t base, uint32_t num_vecs, const Team& team, const Rows& rows,
+                                           const Arrived& arrived) {
+    rows.for_each([&](uint8_t* row, uint8_t*) {
+        Vec16* out = reinterpret_cast<Vec16*>(row);
 #pragma unroll
         for (uint32_t i = 0; i < kVecsAtOnce; ++i) {
             const uint32_t vec = base + i * team.threads + team.thread;
             if (vec < num_vecs) out[vec] = arrived.part[i];
         }
-    }
+    });
 }
 
 template <bool kFp8>
@@ -168,20 +185,21 @@ __device__ __forceinline__ uint2 keep_route(const LlDispatchArgs& args, uint64_t
 }
 
 // By a team's first threads, those of whole warps: list the token's rows, and keep them for combine. `raw` is choice k.
-__device__ void list_rows(const LlDispatchArgs& args, const Item& item, const Vec16& raw, const uint32_t* table,
+__device__ void list_rows(const LlDispatchArgs& args, uint32_t row_bytes, const Item& item, const Vec16& raw, const uint32_t* table,
                           uint32_t k, Rows& rows) {
     const LlShape& shape = args.common.shape;
     if (k >= kMostChoices) return;
     const bool is_choice = k < shape.num_topk;
     const int32_t expert = is_choice ? static_cast<int32_t>(raw.word[0]) : -1;
-    if (is_choice) {
-        const uint32_t first = expert < 0 ? 0 : first_row(shape, table, item.source, expert);
-        const uint2 at = keep_route(args, item.slot, item.token, k, expert, first + raw.word[1], raw.word[2]);
-        rows.row[k] = at.x;
-        rows.sf_at[k] = at.y;
-    }
-    const uint32_t valid = __ballot_sync(kFullMask, expert >= 0);
-    if (lane_index() == 0) rows.valid[k / kWarpSize] = valid;
+    const uint32_t here = __ballot_sync(kFullMask, expert >= 0), lane = lane_index();
+    if (lane == 0) rows.count[k / kWarpSize] = __popc(here);
+    if (!is_choice) return;
+    const uint32_t first = expert < 0 ? 0 : first_row(shape, table, item.source, expert);
+    const uint2 at = keep_route(args, item.slot, item.token, k, expert, first + raw.word[1], raw.word[2]);
+    if (expert < 0) return;
+    const uint32_t place = k - lane + __popc(here & ((1u << lane) - 1));
+    rows.row[place] = pointer<uint8_t>(args.recv_x) + uint64_t{at.x} * row_bytes;
+    rows.sf[place] = pointer<uint8_t>(args.recv_sf) + uint64_t{at.y} * 4;
 }
 
 __device__ void store_scales(const LlDispatchArgs& args, const uint8_t* slot, const Team& team, const Rows& rows,
@@ -190,10 +208,7 @@ __device__ void store_scales(const LlDispatchArgs& args, const uint8_t* slot, co
     const uint32_t room = shape.num_ranks * shape.num_max_tokens, count = num_scales(args);
     for (uint32_t sf = team.thread; sf < count; sf += team.threads) {
         if (sf != team.thread) scale = load_scale(shape, slot, sf);
-        for (Bits left = rows.bits(); left != 0;) {
-            const uint32_t r = pop_bit(left);
-            pointer<uint32_t>(args.recv_sf)[rows.sf_at[r] + sf * room] = scale;
-        }
+        rows.for_each([&](uint8_t*, uint8_t* out) { reinterpret_cast<uint32_t*>(out)[sf * room] = scale; });
     }
 }
 
@@ -201,13 +216,13 @@ template <bool kFp8>
 __device__ void store_token(const LlDispatchArgs& args, const Item& item, const uint8_t* slot, const Team& team,
                             const uint32_t* table, Arrived& arrived, Rows& rows) {
     const uint32_t num_vecs = vecs_of<kFp8>(args.common.shape), step = kVecsAtOnce * team.threads;
-    list_rows(args, item, arrived.choice, table, team.thread, rows);
+    list_rows(args, num_vecs * sizeof(Vec16), item, arrived.choice, table, team.thread, rows);
     team.sync();
-    store_part(args, 0, num_vecs, team, rows, arrived);
+    store_part(0, num_vecs, team, rows, arrived);
     if constexpr (kFp8) store_scales(args, slot, team, rows, arrived.scale);
     for (uint32_t base = step; base < num_vecs; base += step) {
         load_part(reinterpret_cast<const Vec16*>(slot), base, num_vecs, team, arrived);
-        store_part(args, base, num_vecs, team, rows, arrived);
+        store_part(base, num_vecs, team, rows, arrived);
     }
 }
 

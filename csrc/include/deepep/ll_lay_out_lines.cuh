@@ -64,12 +64,15 @@ __device__ void await_lines(const LlDispatchArgs& args, const LlCall& call, cons
             seen_header = load_relaxed_sys(header);
             seen_present = load_relaxed_sys(present);
             lines.look_once(call.epoch, team);
-            const uint32_t num_tokens = tokens_of(static_cast<uint32_t>(seen_header));
-            // Of this epoch, the word `present` says that the token stays away, since it would come as lines.
-            const bool is_elsewhere = static_cast<uint32_t>(seen_present >> 32) == call.epoch;
-            const bool has_header = static_cast<uint32_t>(seen_header >> 32) == call.epoch;
-            const bool is_in_vain = has_header && (item.token >= num_tokens || !is_lined(common.shape, num_tokens));
-            waits_for_lines = lines.missing != 0 && !is_elsewhere && !is_in_vain;
+            waits_for_lines = lines.missing != 0;
+            if (waits_for_lines) {
+                const uint32_t num_tokens = tokens_of(static_cast<uint32_t>(seen_header));
+                // Of this epoch, the word `present` says that the token stays away, since it would come as lines.
+                const bool is_elsewhere = static_cast<uint32_t>(seen_present >> 32) == call.epoch;
+                const bool has_header = static_cast<uint32_t>(seen_header >> 32) == call.epoch;
+                waits_for_lines = !is_elsewhere && !(has_header && (item.token >= num_tokens ||
+                                                                    !is_lined(common.shape, num_tokens)));
+            }
         }
         if (waits_for_word && static_cast<uint32_t>(seen >> 32) == call.epoch) {
             waits_for_word = false;
@@ -80,26 +83,24 @@ __device__ void await_lines(const LlDispatchArgs& args, const LlCall& call, cons
         if (waits_for_word && call.has_given_up(announced.rank)) waits_for_word = false;
         if (waits_for_lines && call.has_given_up(item.source)) waits_for_lines = false;
     }
-    if (has_word) announced.keep(index, value, table, *from);
+    if (has_word) announced.keep(common.shape, index, value, table, *from);
 }
 
 template <bool kFp8>
 __device__ __forceinline__ void store_vec(const LlDispatchArgs& args, const Rows& rows, uint32_t vec,
-                                          uint32_t num_vecs, const Vec16& value, uint32_t sf) {
-    const uint32_t room = args.common.shape.num_ranks * args.common.shape.num_max_tokens, group = vec / kOctet;
+                                          const Vec16& value, uint32_t sf) {
+    const uint32_t stride = 4 * args.common.shape.num_ranks * args.common.shape.num_max_tokens, group = vec / kOctet;
     const bool has_sf = kFp8 && octet_lane() == 0, is_ue8m0 = args.sf_format == kSfUe8m0;
-#pragma unroll 1
-    for (Bits left = rows.bits(); left != 0;) {
-        const uint32_t r = pop_bit(left);
-        (pointer<Vec16>(args.recv_x) + static_cast<uint64_t>(rows.row[r]) * num_vecs)[vec] = value;
-        if (!has_sf) continue;
+    const uint32_t sf_at = is_ue8m0 ? group / 4 * stride + group % 4 : group * stride;
+    rows.for_each([&](uint8_t* row, uint8_t* row_sf) {
+        reinterpret_cast<Vec16*>(row)[vec] = value;
+        if (!has_sf) return;
         if (is_ue8m0) {
-            const uint64_t word = rows.sf_at[r] + group / 4 * room;
-            pointer<uint8_t>(args.recv_sf)[word * 4 + group % 4] = static_cast<uint8_t>(sf);
+            row_sf[sf_at] = static_cast<uint8_t>(sf);
         } else {
-            pointer<uint32_t>(args.recv_sf)[rows.sf_at[r] + group * room] = sf;
+            *reinterpret_cast<uint32_t*>(row_sf + sf_at) = sf;
         }
-    }
+    });
 }
 
 // By a team: lay out a token whose first lines were waited for; it counts only if all of them came.
@@ -109,7 +110,7 @@ __device__ void store_lines(const LlDispatchArgs& args, const LlCall& call, cons
     static_assert(kGroupSize / 16 == kOctet, "an octet of FP8 has one scale factor, its extra word");
     Vec16 choice = lines.line[2 * kPartsAtOnce];
     if (lines.missing >> (2 * kPartsAtOnce) & 1) choice.word[0] = 0xffffffffu;
-    list_rows(args, item, choice, table, team.thread, rows);
+    list_rows(args, lines.num_vecs * sizeof(Vec16), item, choice, table, team.thread, rows);
     for (uint32_t base = 0;;) {
         if (team.any(lines.missing != 0)) return forget_token(args, item, team.thread);
 #pragma unroll
@@ -118,7 +119,7 @@ __device__ void store_lines(const LlDispatchArgs& args, const LlCall& call, cons
             if (!warp_begins_before(vec, lines.num_vecs)) continue;
             uint32_t sf;
             const Vec16 value = unfold(lines.line[i], lines.line[kPartsAtOnce + i], sf);
-            if (vec < lines.num_vecs) store_vec<kFp8>(args, rows, vec, lines.num_vecs, value, sf);
+            if (vec < lines.num_vecs) store_vec<kFp8>(args, rows, vec, value, sf);
         }
         base += kPartsAtOnce * team.threads;
         if (base >= lines.num_vecs) return;

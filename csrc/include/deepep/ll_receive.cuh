@@ -41,8 +41,7 @@ __device__ bool receive_first_slots(const LlDispatchArgs& args, const Range& ran
 // tell in the end how it comes. With `stays` this rank's own rows are laid out first, as soon as counts are there.
 template <bool kFp8>
 __device__ void receive(const LlDispatchArgs& args, const LlCall& call, const Range& range, const Outgoing<kFp8>& last,
-                        uint32_t* table, const Stay (*stays)[kMostChoices], bool expects_lines) {
-    __shared__ Arrivals from;
+                        uint32_t* table, const Stay (*stays)[kMostChoices], bool expects_lines, Arrivals& from) {
     __shared__ Rows listed[kLlMaxTeams][2];
     __shared__ Targets kept[kKeptTokens];
     const LlShape& shape = args.common.shape;
@@ -71,26 +70,27 @@ __device__ void receive(const LlDispatchArgs& args, const LlCall& call, const Ra
                                                        table, stays, kept, listed[team.index][1]);
         if (is_done) number += team.global_count();
     }
-    uint32_t max_tokens = 0;
+    const uint32_t end = from.most_lined * sources.count, step = team.global_count();
+    if (team.global_index() < end) {
+        Item item = first;
 #pragma unroll 1
-    for (uint32_t rank = 0; rank < shape.num_ranks; ++rank) {
-        max_tokens = max_of(max_tokens, tokens_of(from.header[rank]));
-    }
-    const uint32_t end = max_tokens * sources.count, step = team.global_count();
-#pragma unroll 1
-    for (uint32_t lined = team.global_index(); lined < end; lined += step, is_waited_for = false) {
-        const Item item(shape, sources, lined);
-        const uint32_t num_tokens = tokens_of(from.header[item.source]);
-        if (item.token >= num_tokens || !is_lined(shape, num_tokens)) continue;
-        if (!is_waited_for) {
-            lines = TokenLines(args, call, team, item, 0, vecs_of<kFp8>(shape));
-            await_lines(args, call, team, item, lines, nullptr, nullptr);
+        for (uint32_t lined = team.global_index();;) {
+            const uint32_t num_tokens = tokens_of(from.header[item.source]);
+            if (item.token < num_tokens && is_lined(shape, num_tokens)) {
+                if (!is_waited_for) {
+                    lines = TokenLines(args, call, team, item, 0, vecs_of<kFp8>(shape));
+                    await_lines(args, call, team, item, lines, nullptr, nullptr);
+                }
+                store_lines<kFp8>(args, call, team, item, table, lines, listed[team.index][turn]);
+                turn ^= 1;
+            }
+            if ((lined += step) >= end) break;
+            item = Item(shape, sources, lined);
+            is_waited_for = false;
         }
-        store_lines<kFp8>(args, call, team, item, table, lines, listed[team.index][turn]);
-        turn ^= 1;
     }
 #pragma unroll 1
-    for (; number < end; number += step) {
+    for (; number < from.most_slotted * sources.count; number += step) {
         const Item item(shape, sources, number);
         const uint32_t num_tokens = tokens_of(from.header[item.source]);
         if (item.token >= num_tokens || is_lined(shape, num_tokens)) continue;
