@@ -52,20 +52,6 @@ def debug() -> bool:
     return _text("DEEPEP_DEBUG") not in (None, "0")
 
 
-def ll_line_tokens(default: int) -> int:
-    """`DEEPEP_LL_LINE_TOKENS`: up to how many tokens a rank dispatches with their flags inside; 0 = never.
-
-    Sums of half as many come back like this. Ranks take the smallest value among them. Raises:
-        InvalidArgument: it is not a whole number of at least 0.
-    """
-    text = _text("DEEPEP_LL_LINE_TOKENS")
-    if text is None:
-        return default
-    if not text.isdecimal():
-        raise InvalidArgument(f"DEEPEP_LL_LINE_TOKENS={text!r}: expected a whole number of tokens, e.g. 32, or 0")
-    return int(text)
-
-
 def _text(name: str) -> str | None:
     return os.environ.get(name, "").strip() or None
 

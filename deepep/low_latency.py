@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from deepep import env
 from deepep.backends.base import CombineRequest, DispatchRequest, Layout, Reduction
 from deepep.errors import InvalidArgument
 from deepep.event import EventOverlap
@@ -25,10 +24,9 @@ else:
 
 _REDUCTIONS = {item.value: item for item in Reduction}
 
-# Of which a low-latency window is made: few tokens travel as lines, 11 of them for 8 vectors of a row.
-_LINE_TOKENS_OF_ALL_RANKS, _OCTET_BYTES, _OCTET_LINE_BYTES = 256, 8 * 16, 11 * 16
+# Of which a low-latency window is made.
 _MAX_TOPK, _CHOICE_BYTES, _WORD_BYTES = 64, 16, 8
-_STATE_BYTES, _NUM_ARRAYS, _ALIGNMENT = 4096, 11, 128
+_STATE_BYTES, _NUM_ARRAYS, _ALIGNMENT = 4096, 8, 128
 
 Hook = Callable[[], None]
 
@@ -42,7 +40,7 @@ class LowLatencyMixin(_Base):
     def get_low_latency_rdma_size_hint(
         num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
     ) -> int:
-        """Bytes low latency needs: two banks of R*M rows each way, and of the lines in which few tokens travel.
+        """Bytes low latency needs: two banks of R*M rows each way, and some words.
 
         Covers any number of choices a token may have (64). Combining per copy, with more choices than ranks, needs
         more; `ipc` then makes its window larger at the first such call.
@@ -56,15 +54,8 @@ class LowLatencyMixin(_Base):
         check_experts("get_low_latency_rdma_size_hint", num_experts, num_ranks)
         num_rows, row_bytes = num_ranks * num_max_dispatch_tokens_per_rank, 2 * hidden
         # Tests compare this with the division of the window, which belongs to backends that are not imported here.
-        wanted = env.ll_line_tokens(_LINE_TOKENS_OF_ALL_RANKS // num_ranks)
-        line_tokens, sum_line_tokens = (
-            min(tokens, num_max_dispatch_tokens_per_rank) for tokens in (wanted, -(-wanted // 2))
-        )
-        line_bytes = align(-(-row_bytes // _OCTET_BYTES) * _OCTET_LINE_BYTES, _ALIGNMENT)
         slot_bytes = align(row_bytes + _CHOICE_BYTES * _MAX_TOPK, _ALIGNMENT)
-        bank = num_rows * (slot_bytes + row_bytes + _WORD_BYTES * (_MAX_TOPK + 2))
-        bank += num_ranks * line_tokens * (line_bytes + _CHOICE_BYTES * _MAX_TOPK)
-        bank += num_ranks * sum_line_tokens * line_bytes
+        bank = num_rows * (slot_bytes + row_bytes + _WORD_BYTES * (_MAX_TOPK + 1))
         bank += _WORD_BYTES * (num_experts + 3 * num_ranks) + _NUM_ARRAYS * _ALIGNMENT
         return _STATE_BYTES + 2 * align(bank, _ALIGNMENT)
 

@@ -1,4 +1,5 @@
-// Bring the low-latency part of the window back to its first state, between two barriers of all ranks that take part.
+// What cleaning the low-latency part of the window takes beside zeros: barriers of all ranks that take part, and a state at
+// its beginning.
 #include <deepep/ll_common.cuh>
 
 namespace deepep {
@@ -7,9 +8,9 @@ namespace {
 // By one block: a rank has arrived when its word is no longer what it was at the last barrier here.
 __device__ void barrier(const LlCleanArgs& args, LlCall& call) {
     const LlShape& shape = args.common.shape;
-    call.deadline = global_timer_ns() + args.common.timeout_ns / 2;  // of two barriers
     LlState* state = call.state;
     __syncthreads();
+    if (threadIdx.x == 0) call.shared.deadline -= args.common.timeout_ns / 2;  // of two barriers
     if (threadIdx.x == 0) state->num_barriers += 1;
     __syncthreads();
     const uint32_t rank = threadIdx.x;
@@ -37,14 +38,10 @@ extern "C" __global__ void __launch_bounds__(deepep::kLlThreads)
     LlCall call(args.common, kLlClean, shared);
     call.prepare(args.common.window.dispatch_credits, 0);
     __syncthreads();
-    if (args.is_barrier) barrier(args, call);
-    for (uint32_t bank = 0; bank < kLlBanks; ++bank) {
-        // Arrays start and end at whole lines.
-        Vec16* words = reinterpret_cast<Vec16*>(
-            call.transport.local(args.words_offset + bank * args.common.window.bank_stride));
-        for (uint64_t i = threadIdx.x; i < args.num_words / 2; i += kLlThreads) words[i] = {};
+    if (args.resets) {
+        uint32_t* counters = reinterpret_cast<uint32_t*>(call.state);
+        if (counters + threadIdx.x < call.state->mask) counters[threadIdx.x] = 0;
+        if (threadIdx.x < kLlMaxRanks) call.state->is_stale[threadIdx.x] = 0;
     }
-    uint32_t* counters = reinterpret_cast<uint32_t*>(call.state);
-    if (counters + threadIdx.x < call.state->mask) counters[threadIdx.x] = 0;
     if (args.is_barrier) barrier(args, call);
 }

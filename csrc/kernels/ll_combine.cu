@@ -1,7 +1,7 @@
 // Low-latency combine: the owner of a token's experts weighs and sums their rows, rounds once and pushes one row to the
 // token's home (or, per copy, pushes every row as it is); the home adds up what arrives in the contract's order, its
-// own rows straight from where they lie. Weights came with dispatch or, if not, are pushed to the owners first. Sums of
-// few tokens travel as lines, each token's as many as its home has.
+// own rows straight from where they lie. Weights came with dispatch or, if not, are pushed to the owners first. Where
+// there are few tokens teams share a row; where there are many, a team's first warps do what the others would wait for.
 #include <deepep/ll_add_up.cuh>
 
 namespace deepep {
@@ -33,21 +33,15 @@ __device__ void run(const LlCombineArgs& args, const LlCall& call, const Team& t
         if (is_receiving) list_home(args, team, early.home, homes[0]);
     };
     if (is_sending) send_weights(args, call, early.weight);
-    if (is_sending && !args.is_per_copy) {
-        const Debts debts(args, team, headers);
-        const uint32_t turn = send_lines(args, call, team, debts, early.debt, listed);
-        send_slots(args, call, team, debts, early.debt, listed, turn, list_first);
+    const Debts debts(args, team, headers);
+    if (is_sending && args.has_workers) {
+        send_sums(args, call, team, debts, early.debt, listed, list_first);
     } else {
+        if (is_sending) send_parts(args, call, team, debts, early.debt, listed);
         list_first();
         team.sync();
-        if (is_sending) send_copies(args, call, team, Debts(args, team, headers), early.debt, listed);
     }
-    if (!is_receiving) return;
-    if (is_lined(args, args.common.num_tokens)) {
-        receive_lines(args, call, team, homes);
-    } else {
-        receive_slots(args, call, team, homes, own_sums + team.index * row_vecs);
-    }
+    if (is_receiving) receive(args, call, team, homes, own_sums + team.index * row_vecs);
 }
 
 }  // namespace

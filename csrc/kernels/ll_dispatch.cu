@@ -14,7 +14,6 @@ __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table) {
     const uint64_t credits = common.window.dispatch_credits;
     const Range range(args);
     const bool is_sending = (common.phases & kLlSend) != 0, is_receiving = (common.phases & kLlRecv) != 0;
-    const bool as_lines = is_lined(common.shape, common.num_tokens);
     Stay(*kept)[kMostChoices] = args.keeps_own ? stays : nullptr;
     Outgoing<kFp8> last;
     from.init();
@@ -24,7 +23,7 @@ __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table) {
         Held held;
         Choices choices;
         if (range.begin < range.end) {
-            choices = load_choices(args, range.begin, as_lines);
+            choices = load_choices(args, range.begin);
             held = load_unit<kFp8>(args, range.begin, threadIdx.x);
         }
         clear(args, table);  // while the loads are on their way
@@ -37,17 +36,13 @@ __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table) {
             __syncthreads();
             if (range.begin < range.end) clear(args, table);
         }
-        if (as_lines) {
-            last = send_lines<kFp8>(args, call, range, held, choices, table, kept);
-        } else {
-            last = send<kFp8>(args, call, range, held, choices, table, kept);
-        }
+        last = send<kFp8>(args, call, range, held, choices, table, kept);
         __syncthreads();
     } else {
         call.prepare(credits, common.call_epoch);
         call.begin(common.call_epoch);
     }
-    if (is_receiving) receive<kFp8>(args, call, range, last, table, kept, as_lines, from);
+    if (is_receiving) receive<kFp8>(args, call, range, last, table, kept, from);
     call.end();
 }
 

@@ -75,7 +75,7 @@ class LowLatencyEngine:
     def __init__(self, window: Window, division: Division, settings: Settings) -> None:
         shape, device = settings.shape, settings.device
         self.shape = shape
-        self._division = division
+        self.division = division
         self._device = device
         self._dispatch_kernel, self._combine_kernel, self._clean_kernel = (
             jit.load(spec, device) for spec in shape.kernels
@@ -100,11 +100,6 @@ class LowLatencyEngine:
             num_slots=shape.num_slots,
             slot_bytes=shape.slot_bytes,
             choice_offset=shape.choice_offset,
-            dispatch_line_tokens=shape.dispatch_line_tokens,
-            combine_line_tokens=shape.combine_line_tokens,
-            dispatch_line_bytes=shape.dispatch_line_bytes,
-            combine_line_bytes=shape.combine_line_bytes,
-            line_row_offset=shape.line_row_offset,
             local_experts_magic=magic(shape.num_local_experts),
             ranks_magic=magic(shape.num_ranks),
             others_magic=magic(shape.num_ranks - 1),
@@ -117,14 +112,16 @@ class LowLatencyEngine:
         self._empty: dict[int, torch.Tensor] = {}
         self._divide_state = functools.lru_cache(_MOST_DIVISIONS)(functools.partial(StateParts.divide, shape))
 
-    def clean(self, with_barrier: bool) -> None:
-        """Bring the window's words and epochs back to their first state, on the current stream."""
-        args = LlCleanArgs(
-            common=self._common,
-            words_offset=self._division.words_offset,
-            num_words=self._division.num_words,
-            is_barrier=int(with_barrier),
-        )
+    def meet(self) -> None:
+        """Let the current stream go on when all ranks that are not masked have come here."""
+        self._launch_clean(is_barrier=True)
+
+    def reset(self, then_meet: bool) -> None:
+        """Bring the state back to its beginning, all behind it being zeros by now; on the current stream."""
+        self._launch_clean(is_barrier=then_meet, resets=True)
+
+    def _launch_clean(self, is_barrier: bool, resets: bool = False) -> None:
+        args = LlCleanArgs(common=self._common, is_barrier=int(is_barrier), resets=int(resets))
         self._launch(self._clean_kernel.handle, 1, 0, args)
 
     def dispatch(self, request: DispatchRequest) -> DispatchResult:
@@ -185,7 +182,8 @@ class LowLatencyEngine:
         args.is_per_copy, args.use_logfmt = int(is_per_copy), int(request.use_logfmt)
         args.has_sent_weights = int(routing.sent is not None)
         grid = self._grids.combine(routing.num_tokens, request.num_sms, is_per_copy, request.split_phases)
-        args.keeps_own, args.debt_parts, args.home_parts = grid.keeps_own, grid.debt_parts, grid.home_parts
+        args.keeps_own, args.has_workers = grid.keeps_own, grid.has_workers
+        args.debt_parts, args.home_parts = grid.debt_parts, grid.home_parts
         args.debt_parts_magic, args.home_parts_magic = magic(grid.debt_parts), magic(grid.home_parts)
         common = args.common
         routing.address(common)

@@ -22,12 +22,17 @@ class DispatchGrid(NamedTuple):
 
 
 class CombineGrid(NamedTuple):
-    """The same of a combine, with bytes of shared memory, and teams that share a row to send and a row to add up."""
+    """The same of a combine.
+
+    `smem` bytes of shared memory hold sums that are kept, a team's first warps leave adding up to its others where it
+    `has_workers`, and so many teams share a row to send and a row to add up.
+    """
 
     num_blocks: int
     team: int
     smem: int
     keeps_own: bool
+    has_workers: bool
     debt_parts: int
     home_parts: int
 
@@ -74,15 +79,11 @@ class Grids:
     def _dispatch(self, num_tokens: int, num_sms: int, row_vecs: int, split_phases: bool) -> DispatchGrid:
         """Choose for a dispatch of T tokens whose rows are so many vectors of 16 bytes."""
         most, tokens = self._most_blocks(self._dispatch_blocks, num_sms), self._likely_tokens(num_tokens)
-        keeps_own = not split_phases
-        if num_tokens <= self._shape.dispatch_line_tokens:
-            # While there is a block for each row of each rank, a rank's own ones best go like the others.
-            keeps_own &= tokens * self._shape.num_ranks > most
-            num_rows = tokens * max(self._shape.num_ranks - keeps_own, 1)
-            team = _team(most, num_rows, row_vecs)
-            num_blocks = _num_blocks(most, tokens, num_rows, team)
-        else:
-            num_blocks, team = self._usual(most, tokens)
+        # While there is a block for each row of each rank, a rank's own ones best go like the others.
+        keeps_own = not split_phases and tokens * self._shape.num_ranks > most
+        num_rows = tokens * max(self._shape.num_ranks - keeps_own, 1)
+        team = _team(most, num_rows, row_vecs)
+        num_blocks = _num_blocks(most, tokens, num_rows, team)
         tokens_per_block = -(-num_tokens // max(num_blocks - 1, 1))
         return DispatchGrid(
             num_blocks, team, tokens_per_block, keeps_own and tokens_per_block <= ll_structs.KEPT_TOKENS
@@ -91,9 +92,9 @@ class Grids:
     def _combine(self, num_tokens: int, num_sms: int, is_per_copy: bool, split_phases: bool) -> CombineGrid:
         """Choose for a combine that brings T tokens home."""
         most, tokens = self._most_blocks(self._combine_blocks, num_sms), self._likely_tokens(num_tokens)
-        if num_tokens <= self._shape.combine_line_tokens and not is_per_copy:
-            # A rank's own sums go like the others: blocks that wait for other rows anyway would make them late. Several
-            # teams share a row, since a line does not tell who sent it, and those that add up need not have sent.
+        if tokens * self._shape.num_ranks <= most and not is_per_copy:
+            # There is a block for each row. A rank's own sums go like the others: blocks that wait for other rows
+            # anyway would make them late. Teams share a row, and those that add up need not be those that sent.
             row_vecs, num_rows = self._shape.hidden // 8, tokens * self._shape.num_ranks
             team = _team(most, num_rows, row_vecs)
             parts = -(-row_vecs // team)
@@ -102,17 +103,14 @@ class Grids:
             debt_parts, home_parts = (
                 max(1, min(parts, teams)) for teams in (teams_per_token // self._shape.num_ranks, teams_per_token)
             )
-            return CombineGrid(num_blocks, team, 0, False, debt_parts, home_parts)
-        num_blocks, team = self._usual(most, tokens)
-        # Between two launches the caller may change the rows, so then its own sums travel like the others.
-        keeps_own = self._can_keep_own and not is_per_copy and not split_phases
-        return CombineGrid(num_blocks, team, self._own_bytes(team) if keeps_own else 0, keeps_own, 1, 1)
-
-    def _usual(self, most: int, tokens: int) -> tuple[int, int]:
-        """Choose blocks and threads per team for rows that stand behind flags."""
+            return CombineGrid(num_blocks, team, 0, False, False, debt_parts, home_parts)
         num_rows = tokens * max(self._shape.num_ranks - 1, 1)
         team = _team(most, num_rows)
-        return _num_blocks(most, tokens, num_rows, team), team
+        num_blocks = _num_blocks(most, tokens, num_rows, team)
+        # Between two launches the caller may change the rows, so then its own sums travel like the others.
+        keeps_own = self._can_keep_own and not is_per_copy and not split_phases
+        smem = self._own_bytes(team) if keeps_own else 0
+        return CombineGrid(num_blocks, team, smem, keeps_own, not is_per_copy, 1, 1)
 
     def _most_blocks(self, blocks_per_sm: int, num_sms: int) -> int:
         return max(1, int(min(self._num_sms, num_sms or self._num_sms) * blocks_per_sm))

@@ -16,18 +16,12 @@ NUM_THREADS = 512
 KEPT_TOKENS = 4
 """Tokens a block of dispatch sends at most, if rows that stay on the rank are to skip the window."""
 SEND, RECV = 1, 2
-BAD_INDEX = 4
+BAD_INDEX, NOT_CLEANED = 4, 5
 
 SPARE_BYTES = 1 << 20
 _STATE_BYTES = 4096
 _CHOICE_BYTES = 16
 _SLOT_ALIGNMENT = 128
-_OCTET_BYTES, _OCTET_LINE_BYTES = 8 * 16, 11 * 16  # of a row, and of the lines that hold them
-
-
-def default_line_tokens(num_ranks: int) -> int:
-    """Up to how many tokens a rank sends as lines; with more ranks the link has more to carry, and lines carry more."""
-    return 256 // num_ranks
 
 
 class Kernels(NamedTuple):
@@ -65,8 +59,8 @@ class LlWindow(ctypes.Structure):
 
     _fields_ = _fields(
         {
-            "state headers counts present dispatch_credits arrived weights combine_credits": ctypes.c_uint64,
-            "dispatch_lines combine_lines dispatch_slots combine_slots bank_stride": ctypes.c_uint64,
+            "state headers counts absent dispatch_credits weights combine_credits": ctypes.c_uint64,
+            "dispatch_slots combine_slots bank_stride": ctypes.c_uint64,
         }
     )
 
@@ -78,8 +72,6 @@ class LlShape(ctypes.Structure):
         {
             "rank num_ranks num_experts num_local_experts num_topk hidden": ctypes.c_uint32,
             "num_max_tokens num_slots slot_bytes choice_offset": ctypes.c_uint32,
-            "dispatch_line_tokens combine_line_tokens": ctypes.c_uint32,
-            "dispatch_line_bytes combine_line_bytes line_row_offset": ctypes.c_uint32,
             "local_experts_magic ranks_magic others_magic": ctypes.c_uint32,
         }
     )
@@ -120,7 +112,7 @@ class LlCombineArgs(ctypes.Structure):
             {
                 "x topk_idx topk_weights out combine_epoch": ctypes.c_uint64,
                 "is_per_copy use_logfmt has_sent_weights keeps_own": ctypes.c_uint32,
-                "debt_parts home_parts debt_parts_magic home_parts_magic": ctypes.c_uint32,
+                "has_workers debt_parts home_parts debt_parts_magic home_parts_magic pad": ctypes.c_uint32,
             }
         ),
     ]
@@ -129,10 +121,7 @@ class LlCombineArgs(ctypes.Structure):
 class LlCleanArgs(ctypes.Structure):
     """Arguments of `ll_clean_kernel`."""
 
-    _fields_ = [
-        ("common", LlCommon),
-        *_fields({"words_offset num_words": ctypes.c_uint64, "is_barrier pad": ctypes.c_uint32}),
-    ]
+    _fields_ = [("common", LlCommon), *_fields({"is_barrier resets": ctypes.c_uint32})]
 
 
 def magic(divisor: int) -> int:
@@ -151,7 +140,6 @@ class Shape:
         num_max_tokens: M.
         hidden: H, channels of bf16.
         per_copy: room for a row per choice of a token, not only per rank.
-        line_tokens: up to how many tokens of a rank travel as lines, whose flags are inside; None for the usual number.
     """
 
     num_ranks: int
@@ -160,7 +148,6 @@ class Shape:
     num_max_tokens: int
     hidden: int
     per_copy: bool = False
-    line_tokens: int | None = None
 
     @property
     def num_local_experts(self) -> int:
@@ -187,35 +174,6 @@ class Shape:
         """Size of a dispatch slot."""
         return align(self.choice_offset + _CHOICE_BYTES * self.num_topk, _SLOT_ALIGNMENT)
 
-    @property
-    def dispatch_line_tokens(self) -> int:
-        """P, up to how many tokens a rank sends as lines."""
-        return min(self._wanted_line_tokens, self.num_max_tokens)
-
-    @property
-    def combine_line_tokens(self) -> int:
-        """Q, up to how many tokens a rank gets sums of as lines: half as many, since bf16 sums have twice the bytes."""
-        return min(-(-self._wanted_line_tokens // 2), self.num_max_tokens)
-
-    @property
-    def _wanted_line_tokens(self) -> int:
-        return default_line_tokens(self.num_ranks) if self.line_tokens is None else self.line_tokens
-
-    @property
-    def line_row_offset(self) -> int:
-        """Byte of a dispatched token's lines where the row starts; the choices come first."""
-        return align(_CHOICE_BYTES * self.num_topk, _SLOT_ALIGNMENT)
-
-    @property
-    def combine_line_bytes(self) -> int:
-        """Size of a row of bf16 as lines."""
-        return align(-(-2 * self.hidden // _OCTET_BYTES) * _OCTET_LINE_BYTES, _SLOT_ALIGNMENT)
-
-    @property
-    def dispatch_line_bytes(self) -> int:
-        """Size of a dispatched token as lines; an FP8 row takes less, its scales ride along."""
-        return self.line_row_offset + self.combine_line_bytes
-
 
 @dataclass(frozen=True)
 class Division:
@@ -223,35 +181,28 @@ class Division:
 
     Attributes:
         window: offsets for the kernels.
-        words_offset: first byte of bank 0's words.
-        num_words: 64-bit words of one bank, lines included.
+        banks_offset: first byte of bank 0; all that follows begins as zeros.
         num_bytes: size of it all.
     """
 
     window: LlWindow
-    words_offset: int
-    num_words: int
+    banks_offset: int
     num_bytes: int
 
 
 def divide(shape: Shape) -> Division:
-    """Divide the window: state, then per bank words, lines and slots, each array at a multiple of 128 bytes."""
+    """Divide the window: state, then per bank words and slots, each array at a multiple of 128 bytes."""
     ranks, tokens = shape.num_ranks, shape.num_max_tokens
     words = {
         "headers": ranks,
         "counts": shape.num_experts,
-        "present": ranks * tokens,
+        "absent": ranks * tokens,
         "dispatch_credits": ranks,
-        "arrived": tokens * shape.num_slots,
         "weights": ranks * tokens * shape.num_topk,
         "combine_credits": ranks,
     }
     sizes = {name: 8 * count for name, count in words.items()}
-    # Lines, like words, must never show an epoch that is not theirs, so they are cleaned like words.
-    sizes["dispatch_lines"] = ranks * shape.dispatch_line_tokens * shape.dispatch_line_bytes
-    sizes["combine_lines"] = shape.combine_line_tokens * ranks * shape.combine_line_bytes
-    first_slot_name = "dispatch_slots"
-    sizes[first_slot_name] = ranks * tokens * shape.slot_bytes
+    sizes["dispatch_slots"] = ranks * tokens * shape.slot_bytes
     sizes["combine_slots"] = tokens * shape.num_slots * 2 * shape.hidden
     window = LlWindow(state=0)
     at = _STATE_BYTES
@@ -259,5 +210,4 @@ def divide(shape: Shape) -> Division:
         setattr(window, name, at)
         at += align(size, _SLOT_ALIGNMENT)
     window.bank_stride = at - _STATE_BYTES
-    num_words = (getattr(window, first_slot_name) - _STATE_BYTES) // 8
-    return Division(window, _STATE_BYTES, num_words, _STATE_BYTES + NUM_BANKS * window.bank_stride)
+    return Division(window, _STATE_BYTES, _STATE_BYTES + NUM_BANKS * window.bank_stride)

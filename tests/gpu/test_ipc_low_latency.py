@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 from low_latency_steps import (
     lose_without_masks,
-    mix_lines_and_slots,
+    mix_calls,
+    pass_on_any_bits,
     repeat_bitwise,
     replay_graphs,
     shrink,
+    take_back,
     write_inputs_late,
 )
 
@@ -33,10 +35,18 @@ def test_repeats_are_bitwise_equal(num_ranks: int) -> None:
     assert spawn(repeat_bitwise, num_ranks, 200, 20, device="cuda", timeout=200) == [0] * num_ranks
 
 
-@pytest.mark.parametrize("line_tokens", [0, 8, 32])
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_ranks_with_few_and_many_tokens_meet(num_ranks: int, line_tokens: int) -> None:
-    assert spawn(mix_lines_and_slots, num_ranks, line_tokens, 200, device="cuda", timeout=100) == [0] * num_ranks
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
+def test_ranks_with_few_and_many_tokens_meet(num_ranks: int) -> None:
+    assert spawn(mix_calls, num_ranks, 400, device="cuda", timeout=100) == [0] * num_ranks
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_rows_may_hold_any_bits(num_ranks: int) -> None:
+    assert spawn(pass_on_any_bits, num_ranks, device="cuda", timeout=100) == [0] * num_ranks
+
+
+def test_a_rank_that_is_taken_back_waits_for_clean_windows() -> None:
+    assert spawn(take_back, 3, device="cuda", timeout=100) == ["took it back"] * 3
 
 
 @pytest.mark.parametrize("leave_before", ["dispatch", "combine", "clean"])

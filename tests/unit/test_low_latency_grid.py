@@ -57,9 +57,12 @@ def test_rows_that_stay_take_the_window_between_two_phases() -> None:
     assert not grids.combine(128, 0, True, False).keeps_own
 
 
-def test_teams_share_a_row_of_lines_while_there_are_enough() -> None:
-    assert make_grids(2, 128).combine(8, 0, False, False)[2:] == (0, False, 2, 2)
-    assert make_grids(2, 128).combine(128, 0, False, False)[4:] == (1, 1)
+def test_teams_share_a_row_while_there_is_a_block_for_each() -> None:
+    assert make_grids(2, 128).combine(8, 0, False, False)[2:] == (0, False, False, 2, 2)
+    assert make_grids(2, 128).combine(66, 0, False, False).has_workers is False
+    assert make_grids(2, 128).combine(67, 0, False, False)[3:] == (True, True, 1, 1)
+    assert make_grids(2, 128, ranks_per_gpu=2).combine(34, 0, False, False).has_workers
+    assert make_grids(2, 128).combine(67, 0, True, False)[3:] == (False, False, 1, 1)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 7, 32, 128, 4000])

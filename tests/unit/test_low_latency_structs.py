@@ -74,8 +74,6 @@ def test_multiplication_divides(divisor: int) -> None:
         Shape(3, 9, 64, 5, 2880),
         Shape(8, 64, 8, 17, 128, per_copy=True),
         Shape(2, 8, 8, 17, 128, per_copy=True),
-        Shape(2, 8, 8, 17, 128, line_tokens=0),
-        Shape(2, 8, 8, 17, 128, line_tokens=5),
     ],
 )
 def test_arrays_follow_each_other_without_overlap(shape: Shape) -> None:
@@ -83,27 +81,23 @@ def test_arrays_follow_each_other_without_overlap(shape: Shape) -> None:
     sizes = {
         "headers": 8 * ranks,
         "counts": 8 * shape.num_experts,
-        "present": 8 * ranks * tokens,
+        "absent": 8 * ranks * tokens,
         "dispatch_credits": 8 * ranks,
-        "arrived": 8 * tokens * shape.num_slots,
         "weights": 8 * ranks * tokens * shape.num_topk,
         "combine_credits": 8 * ranks,
-        "dispatch_lines": ranks * shape.dispatch_line_tokens * shape.dispatch_line_bytes,
-        "combine_lines": shape.combine_line_tokens * ranks * shape.combine_line_bytes,
         "dispatch_slots": ranks * tokens * shape.slot_bytes,
         "combine_slots": tokens * shape.num_slots * 2 * shape.hidden,
     }
-    end = division.words_offset
+    end = division.banks_offset
     for name, size in sizes.items():
         start = getattr(division.window, name)
         assert start >= end
         assert start % 128 == 0
         end = start + size
-    assert division.words_offset + division.window.bank_stride >= end
-    assert division.words_offset + 8 * division.num_words == division.window.dispatch_slots
-    assert division.num_bytes == division.words_offset + ll_structs.NUM_BANKS * division.window.bank_stride
-    assert shape.slot_bytes >= 2 * shape.hidden + 16 * shape.num_topk
-    assert shape.combine_line_bytes >= 2 * shape.hidden * 4 // 3
+    assert division.banks_offset + division.window.bank_stride >= end
+    assert division.num_bytes == division.banks_offset + ll_structs.NUM_BANKS * division.window.bank_stride
+    assert shape.choice_offset >= 2 * shape.hidden >= shape.hidden + 4 * shape.hidden // 128, "rows of either kind fit"
+    assert shape.slot_bytes >= shape.choice_offset + 16 * shape.num_topk
 
 
 hint = deepep.Buffer.get_low_latency_rdma_size_hint
@@ -121,21 +115,8 @@ def test_the_size_hint_covers_what_a_window_needs(
     hinted = hint(num_max_tokens, hidden, num_ranks, num_experts)
     assert needed <= hinted
     if num_topk == ll_structs.MAX_TOPK:
-        assert hinted - needed <= 2 * 11 * 128, "no more than gaps between arrays"
-
-
-@pytest.mark.parametrize("line_tokens", [0, 1, 40, 1000])
-def test_the_size_hint_follows_the_limit_of_lines(line_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = Shape(8, 64, ll_structs.MAX_TOPK, 100, 2048, line_tokens=line_tokens)
-    monkeypatch.setenv("DEEPEP_LL_LINE_TOKENS", str(line_tokens))
-    assert 0 <= hint(100, 2048, 8, 64) - divide(shape).num_bytes <= 2 * 11 * 128
+        assert hinted - needed <= 2 * 8 * 128, "no more than gaps between arrays"
 
 
 def test_a_large_decode_window_is_under_100_mb() -> None:
     assert divide(Shape(8, 288, 8, 128, 7168)).num_bytes < hint(128, 7168, 8, 288) < 100e6
-
-
-@pytest.mark.parametrize(("num_max_tokens", "sent", "summed"), [(8, 8, 8), (100, 100, 64), (500, 128, 64)])
-def test_few_tokens_travel_as_lines_and_half_as_many_come_back(num_max_tokens: int, sent: int, summed: int) -> None:
-    shape = Shape(2, 8, 2, num_max_tokens, 512)
-    assert (shape.dispatch_line_tokens, shape.combine_line_tokens) == (sent, summed)

@@ -36,6 +36,8 @@ __device__ __forceinline__ uint64_t load_relaxed_sys(const uint64_t* address) {
 // n / d where their product is less than 2^32. The host has made `magic` of d: 2^32 / d rounded up, 0 for 1.
 __device__ __forceinline__ uint32_t divide(uint32_t n, uint32_t magic) { return magic == 0 ? n : __umulhi(n, magic); }
 
+__device__ __forceinline__ uint32_t tokens_of(uint32_t header) { return header & ~kHasWeights; }
+
 __device__ __forceinline__ uint32_t owner_of(const LlShape& shape, uint32_t expert) {
     return divide(expert, shape.local_experts_magic);
 }
@@ -56,6 +58,7 @@ struct LlShared {
     uint64_t peers[kMostChoices];
     uint32_t mask[kMostChoices];
     uint32_t waited_ns[kMostChoices];  // longest wait of this block for each rank, where statistics are asked for
+    uint64_t deadline;
     uint32_t epoch;
 };
 
@@ -66,17 +69,14 @@ struct LlCall {
     LlShared& shared;
     const Transport transport;
     LlState* const state;
-    uint64_t deadline;
     uint32_t epoch;
-    uint64_t bank;  // byte offset
 
     __device__ LlCall(const LlCommon& common, LlOp operation, LlShared& block)
         : args(common),
           op(operation),
           shared(block),
           transport(reinterpret_cast<uint64_t>(block.peers), common.shape.rank, common.shape.num_ranks),
-          state(pointer<LlState>(common.own_base + common.window.state)),
-          deadline(global_timer_ns() + common.timeout_ns) {}
+          state(pointer<LlState>(common.own_base + common.window.state)) {}
 
     // Start: issue all loads that nothing depends on, in one trip, and, where the launch sends, wait until every rank is
     // through with what the bank held before. `credits` is where ranks say so. The barrier of begin() then covers it all.
@@ -84,17 +84,25 @@ struct LlCall {
         constexpr uint32_t kEpochThread = 3 * kWarpSize;  // of another warp than those that look at ranks
         static_assert(kEpochThread >= kMostChoices, "one thread has one task");
         if (threadIdx.x == kEpochThread && args.phases != 0) shared.epoch = load_epoch(call_epoch);
+        if (threadIdx.x == 0) shared.deadline = global_timer_ns() + args.timeout_ns;
         if (threadIdx.x >= args.shape.num_ranks) return;
         const uint32_t rank = threadIdx.x;
         const bool is_sending = (args.phases & kLlSend) != 0, is_publisher = is_sending && is_last_block();
         const uint64_t* word = pointer<const uint64_t>(args.own_base + credits) + rank;
         const uint64_t peer = load_relaxed_gpu(pointer<const uint64_t>(args.peer_table) + rank);
-        const uint32_t mask = load_relaxed_gpu(&state->mask[rank]);
+        uint32_t mask = load_relaxed_gpu(&state->mask[rank]);
+        const uint32_t is_stale = load_relaxed_gpu(&state->is_stale[rank]);
         static_assert(kLlBanks == 2, "of each bank: what this rank is told, and what it has to tell");
         const uint64_t seen = load_relaxed_sys(word), seen_next = load_relaxed_sys(word + args.window.bank_stride / 8);
         const Uses uses[kLlBanks] = {load_uses(0), load_uses(1)};
         const uint32_t now = load_epoch(call_epoch);
         const uint64_t credit = now % kLlBanks == 0 ? seen : seen_next;
+        if (mask != 0) {
+            state->is_stale[rank] = 1;
+        } else if (is_stale != 0 && args.phases != 0) {
+            tell_host(args, kLlNotCleaned, rank, 1);
+            mask = 1;
+        }
         shared.peers[rank] = peer;
         shared.mask[rank] = mask;
         shared.waited_ns[rank] = 0;
@@ -115,7 +123,6 @@ struct LlCall {
     __device__ void begin(uint64_t call_epoch) {
         __syncthreads();
         epoch = shared.epoch;
-        bank = (epoch % kLlBanks) * args.window.bank_stride;
         if (threadIdx.x != kCountingThread) return;
         if (args.phases & kLlSend) {
             const uint32_t share = kLlStart / gridDim.x;
@@ -155,19 +162,19 @@ struct LlCall {
     __device__ void await_credit(uint32_t rank, uint32_t now, const uint64_t* word, uint32_t last) const {
         constexpr uint32_t kSpinsPerCheck = 64;
         if (now <= kLlBanks) return;
+        const uint64_t deadline = global_timer_ns() + args.timeout_ns;
         for (uint32_t spin = 1; static_cast<int32_t>(last + kLlBanks - now) < 0; ++spin) {
-            if (spin % kSpinsPerCheck == 0 && has_given_up(rank)) return;
+            if (spin % kSpinsPerCheck == 0 && gives_up(args, shared, op, rank, deadline)) return;
             last = static_cast<uint32_t>(load_relaxed_sys(word) >> 32);
         }
     }
 
-    // The block has read all it will: what it loaded went into stores before the barrier, so a plain count will do, and
-    // nobody waits for it.
+    // The block has read all it will, and left zeros; nobody waits for its count.
     __device__ void end() const {
         __syncthreads();
         let_next_kernel_start();
         if (!(args.phases & kLlRecv)) return;
-        if (threadIdx.x == 0) atomicAdd(&state->num_read[op][epoch % kLlBanks], 1);
+        if (threadIdx.x == 0) add_release_gpu(&state->num_read[op][epoch % kLlBanks], 1);
         if (args.wait_stats != 0 && blockIdx.x == 0 && threadIdx.x < args.shape.num_ranks) {
             pointer<uint64_t>(args.wait_stats)[threadIdx.x] += shared.waited_ns[threadIdx.x] / 1000;
         }
@@ -175,31 +182,29 @@ struct LlCall {
 
     __device__ bool is_masked(uint32_t rank) const { return *(volatile uint32_t*)&shared.mask[rank] != 0; }
 
+    // From bank 0 to the one in use, in bytes.
+    __device__ uint64_t bank() const { return epoch % kLlBanks * args.window.bank_stride; }
     __device__ const uint64_t* own_word(uint64_t offset, uint64_t index) const {
-        return pointer<const uint64_t>(args.own_base + offset + bank) + index;
+        return pointer<const uint64_t>(args.own_base + offset + bank()) + index;
     }
-    __device__ const uint8_t* own_bytes(uint64_t offset) const {
-        return pointer<const uint8_t>(args.own_base + offset + bank);
-    }
+    __device__ uint8_t* own_bytes(uint64_t offset) const { return pointer<uint8_t>(args.own_base + offset + bank()); }
     __device__ void signal(uint32_t rank, uint64_t offset, uint64_t index, uint32_t value) const {
-        transport.signal(rank, offset + bank + 8 * index, ll_word(epoch, value));
+        transport.signal(rank, offset + bank() + 8 * index, ll_word(epoch, value));
     }
 
-    // A word of this epoch, if it is there. With kData, so is what was written before it.
-    template <bool kData>
+    // A word of this epoch, if it is there.
     __device__ bool peek(const uint64_t* word, uint32_t& value) const {
-        const uint64_t seen = kData ? load_acquire_sys(word) : load_relaxed_sys(word);
+        const uint64_t seen = load_relaxed_sys(word);
         value = static_cast<uint32_t>(seen);
         return static_cast<uint32_t>(seen >> 32) == epoch;
     }
 
     // Wait for a word of this epoch that `rank` writes. False if the rank is masked or did not arrive in time.
     // A rank that others wait for waits no longer than half of the time itself (`is_early`).
-    template <bool kData>
     __device__ bool wait(uint32_t rank, const uint64_t* word, uint32_t& value, bool is_early = false) const {
         constexpr uint32_t kSpinsPerCheck = 64;
         const uint64_t start = args.wait_stats != 0 ? global_timer_ns() : 0;
-        for (uint32_t spin = 1; !peek<kData>(word, value); ++spin) {
+        for (uint32_t spin = 1; !peek(word, value); ++spin) {
             if (spin % kSpinsPerCheck == 0 && has_given_up(rank, is_early)) return false;
         }
         if (args.wait_stats != 0) note_wait(rank, start);
@@ -211,23 +216,21 @@ struct LlCall {
     }
 
     __device__ bool has_given_up(uint32_t rank, bool is_early = false) const {
-        return gives_up(args, shared, op, rank, deadline - (is_early ? args.timeout_ns / 2 : 0));
+        return gives_up(args, shared, op, rank, shared.deadline - (is_early ? args.timeout_ns / 2 : 0));
     }
 
-    // Whether a rank is given up on, which is then masked where ranks may leave, and else reported to the host. Every
-    // later wait for it is over at once. Out of line: waits are everywhere, and this is not to stand between them.
+    // Whether a rank is given up on, which is then masked and, unless ranks may leave, reported to the host. Every later
+    // wait for it is over at once. Out of line: waits are everywhere, and this is not to stand between them.
     __device__ __noinline__ static bool gives_up(const LlCommon& args, LlShared& shared, LlOp op, uint32_t rank,
                                                  uint64_t deadline) {
         volatile uint32_t* mask = &shared.mask[rank];
         if (*mask != 0) return true;
-        volatile uint32_t* lasting = &pointer<LlState>(args.own_base + args.window.state)->mask[rank];
+        LlState* state = pointer<LlState>(args.own_base + args.window.state);
+        volatile uint32_t* lasting = &state->mask[rank];
         if (global_timer_ns() < deadline && *lasting == 0) return false;
-        *mask = 1;
-        if (args.is_shrinkable) {
-            *lasting = 1;
-            return true;
-        }
-        tell_host(args, op + 1, rank, 1);
+        state->is_stale[rank] = 1;
+        *mask = *lasting = 1;
+        if (!args.is_shrinkable) tell_host(args, op + 1, rank, 1);
         return true;
     }
 };

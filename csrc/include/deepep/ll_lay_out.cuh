@@ -1,43 +1,20 @@
-// Low-latency dispatch lays out rows per expert: counts, places, tokens from their slots, and those that never left.
+// Low-latency dispatch lays out rows per expert: counts, places, and the tokens that never left their rank.
 #pragma once
 
-#include <deepep/ll_items.cuh>
-#include <deepep/ll_lines.cuh>
 #include <deepep/ll_push.cuh>
 
 namespace deepep {
 
 // What a block knows about the sources.
-enum class Presence : uint32_t { kUnknown, kAbsent, kPresent };
-
 struct Arrivals {
     uint32_t header[kMostChoices];
-    uint32_t most_lined, most_slotted;  // tokens of any source that sends lines, and of any that does not
-    Presence first[kLlMaxTeams];        // of the first token of each team
+    uint32_t most_tokens;  // of any source
 
     // By the whole block, before a barrier that comes before the first header.
     __device__ void init() {
-        if (threadIdx.x == 0) most_lined = most_slotted = 0;
+        if (threadIdx.x == 0) most_tokens = 0;
     }
 };
-
-// By one thread of each team, while others wait for counts: learn whether the team's first token is there. Its source
-// may have fewer tokens, which only the header tells. Where there is other work (`may_leave`), look a few times only.
-__device__ Presence look_for_first(const LlDispatchArgs& args, const LlCall& call, const Item& item, bool may_leave) {
-    constexpr uint32_t kSpinsPerCheck = 64, kSpinsAtMost = 2;
-    if (item.token >= args.common.shape.num_max_tokens || call.is_masked(item.source)) return Presence::kAbsent;
-    const uint64_t* present = call.own_word(args.common.window.present, item.slot);
-    const uint64_t* header = call.own_word(args.common.window.headers, item.source);
-    for (uint32_t spin = 1;; ++spin) {
-        uint32_t is_here, num_tokens;
-        const bool has_header = call.peek<false>(header, num_tokens), has_flag = call.peek<true>(present, is_here);
-        if (has_header && item.token >= tokens_of(num_tokens)) return Presence::kAbsent;
-        if (has_header && is_lined(args.common.shape, tokens_of(num_tokens))) return Presence::kUnknown;
-        if (has_flag) return is_here != 0 ? Presence::kPresent : Presence::kAbsent;
-        if (may_leave && spin == kSpinsAtMost) return Presence::kUnknown;
-        if (spin % kSpinsPerCheck == 0 && call.has_given_up(item.source)) return Presence::kAbsent;
-    }
-}
 
 // A count or, after all counts, a header: who sends it, and where it comes in.
 struct Announced {
@@ -52,11 +29,9 @@ struct Announced {
         word = call.own_word(is_header ? window.headers : window.counts, is_header ? rank : i);
     }
     __device__ static uint32_t count(const LlShape& shape) { return shape.num_experts + shape.num_ranks; }
-    __device__ void keep(const LlShape& shape, uint32_t i, uint32_t value, uint32_t* table, Arrivals& from) const {
+    __device__ void keep(uint32_t i, uint32_t value, uint32_t* table, Arrivals& from) const {
         (is_header ? from.header[rank] : table[i]) = value;
-        if (!is_header) return;
-        const uint32_t num_tokens = tokens_of(value);
-        atomicMax(is_lined(shape, num_tokens) ? &from.most_lined : &from.most_slotted, num_tokens);
+        if (is_header) atomicMax(&from.most_tokens, tokens_of(value));
     }
 };
 
@@ -67,8 +42,8 @@ __device__ void await_counts(const LlDispatchArgs& args, const LlCall& call, uin
     for (uint32_t i = first; i < Announced::count(args.common.shape); i += kLlThreads) {
         const Announced announced(args, call, i);
         uint32_t value = 0;
-        if (call.is_masked(announced.rank) || !call.wait<false>(announced.rank, announced.word, value)) value = 0;
-        announced.keep(args.common.shape, i, value, table, from);
+        if (call.is_masked(announced.rank) || !call.wait(announced.rank, announced.word, value)) value = 0;
+        announced.keep(i, value, table, from);
     }
 }
 
@@ -104,7 +79,6 @@ __device__ void report(const LlDispatchArgs& args, const uint32_t* table, const 
 
 // The rows that one token gets here, and their scale factors: side by side, for each word of top-k positions.
 struct Rows {
-    uint32_t is_present;
     uint32_t count[kWords];
     uint8_t* row[kMostChoices];
     uint8_t* sf[kMostChoices];
@@ -120,56 +94,8 @@ struct Rows {
     }
 };
 
-constexpr uint32_t kVecsAtOnce = 4;  // of a row, per thread
-
-// A team's part of a row under way, and one of its choices.
-struct Arrived {
-    Vec16 part[kVecsAtOnce];
-    Vec16 choice;
-    uint32_t scale;
-};
-
 __device__ __forceinline__ uint32_t num_scales(const LlDispatchArgs& args) {
     return args.common.shape.hidden / kGroupSize / (args.sf_format == kSfUe8m0 ? 4 : 1);
-}
-
-__device__ __forceinline__ uint32_t load_scale(const LlShape& shape, const uint8_t* slot, uint32_t index) {
-    return reinterpret_cast<const volatile uint32_t*>(slot + shape.hidden)[index];
-}
-
-template <bool kFp8>
-__device__ uint32_t vecs_of(const LlShape& shape) {
-    return shape.hidden / (kFp8 ? 16 : 8);
-}
-
-__device__ __forceinline__ void load_part(const Vec16* in, uint32_t base, uint32_t num_vecs, const Team& team,
-                                          Arrived& arrived) {
-#pragma unroll
-    for (uint32_t i = 0; i < kVecsAtOnce; ++i) {
-        const uint32_t vec = base + i * team.threads + team.thread;
-        if (vec < num_vecs) arrived.part[i] = load_stream(in + vec);
-    }
-}
-
-__device__ __forceinline__ void store_part(uint32_t base, uint32_t num_vecs, const Team& team, const Rows& rows,
-                                           const Arrived& arrived) {
-    rows.for_each([&](uint8_t* row, uint8_t*) {
-        Vec16* out = reinterpret_cast<Vec16*>(row);
-#pragma unroll
-        for (uint32_t i = 0; i < kVecsAtOnce; ++i) {
-            const uint32_t vec = base + i * team.threads + team.thread;
-            if (vec < num_vecs) out[vec] = arrived.part[i];
-        }
-    });
-}
-
-template <bool kFp8>
-__device__ void load_slot(const LlDispatchArgs& args, const uint8_t* slot, const Team& team, Arrived& arrived) {
-    const LlShape& shape = args.common.shape;
-    load_part(reinterpret_cast<const Vec16*>(slot), 0, vecs_of<kFp8>(shape), team, arrived);
-    const Vec16* choices = reinterpret_cast<const Vec16*>(slot + shape.choice_offset);
-    if (team.thread < shape.num_topk) arrived.choice = load_stream(choices + team.thread);
-    if (kFp8 && team.thread < num_scales(args)) arrived.scale = load_scale(shape, slot, team.thread);
 }
 
 // Note where one choice of a token ended up: `expert` -1 if elsewhere. Gives the row and the index of its first scale.
@@ -185,7 +111,8 @@ __device__ __forceinline__ uint2 keep_route(const LlDispatchArgs& args, uint64_t
 }
 
 // By a team's first threads, those of whole warps: list the token's rows, and keep them for combine. `raw` is choice k.
-__device__ void list_rows(const LlDispatchArgs& args, uint32_t row_bytes, const Item& item, const Vec16& raw, const uint32_t* table,
+template <bool kFp8>
+__device__ void list_rows(const LlDispatchArgs& args, const Item& item, const Vec16& raw, const uint32_t* table,
                           uint32_t k, Rows& rows) {
     const LlShape& shape = args.common.shape;
     if (k >= kMostChoices) return;
@@ -198,32 +125,27 @@ __device__ void list_rows(const LlDispatchArgs& args, uint32_t row_bytes, const 
     const uint2 at = keep_route(args, item.slot, item.token, k, expert, first + raw.word[1], raw.word[2]);
     if (expert < 0) return;
     const uint32_t place = k - lane + __popc(here & ((1u << lane) - 1));
-    rows.row[place] = pointer<uint8_t>(args.recv_x) + uint64_t{at.x} * row_bytes;
+    rows.row[place] = pointer<uint8_t>(args.recv_x) + uint64_t{at.x} * vecs_of<kFp8>(shape) * sizeof(Vec16);
     rows.sf[place] = pointer<uint8_t>(args.recv_sf) + uint64_t{at.y} * 4;
 }
 
-__device__ void store_scales(const LlDispatchArgs& args, const uint8_t* slot, const Team& team, const Rows& rows,
-                             uint32_t scale) {
-    const LlShape& shape = args.common.shape;
-    const uint32_t room = shape.num_ranks * shape.num_max_tokens, count = num_scales(args);
-    for (uint32_t sf = team.thread; sf < count; sf += team.threads) {
-        if (sf != team.thread) scale = load_scale(shape, slot, sf);
-        rows.for_each([&](uint8_t*, uint8_t* out) { reinterpret_cast<uint32_t*>(out)[sf * room] = scale; });
-    }
-}
-
+// By a thread: its vector of a row, to all of the token's rows, and by the first lane of each group its scale factor.
 template <bool kFp8>
-__device__ void store_token(const LlDispatchArgs& args, const Item& item, const uint8_t* slot, const Team& team,
-                            const uint32_t* table, Arrived& arrived, Rows& rows) {
-    const uint32_t num_vecs = vecs_of<kFp8>(args.common.shape), step = kVecsAtOnce * team.threads;
-    list_rows(args, num_vecs * sizeof(Vec16), item, arrived.choice, table, team.thread, rows);
-    team.sync();
-    store_part(0, num_vecs, team, rows, arrived);
-    if constexpr (kFp8) store_scales(args, slot, team, rows, arrived.scale);
-    for (uint32_t base = step; base < num_vecs; base += step) {
-        load_part(reinterpret_cast<const Vec16*>(slot), base, num_vecs, team, arrived);
-        store_part(base, num_vecs, team, rows, arrived);
-    }
+__device__ __forceinline__ void store_vec(const LlDispatchArgs& args, const Rows& rows, uint32_t vec,
+                                          const Vec16& value, uint32_t sf) {
+    const uint32_t stride = 4 * args.common.shape.num_ranks * args.common.shape.num_max_tokens;
+    const uint32_t group = vec / kLanesPerGroup;
+    const bool has_sf = kFp8 && lane_index() % kLanesPerGroup == 0, is_ue8m0 = args.sf_format == kSfUe8m0;
+    const uint32_t sf_at = is_ue8m0 ? group / 4 * stride + group % 4 : group * stride;
+    rows.for_each([&](uint8_t* row, uint8_t* row_sf) {
+        reinterpret_cast<Vec16*>(row)[vec] = value;
+        if (!has_sf) return;
+        if (is_ue8m0) {
+            row_sf[sf_at] = static_cast<uint8_t>(sf);
+        } else {
+            *reinterpret_cast<uint32_t*>(row_sf + sf_at) = sf;
+        }
+    });
 }
 
 __device__ void forget_token(const LlDispatchArgs& args, const Item& item, uint32_t k) {
@@ -247,7 +169,7 @@ __device__ void keep_tokens(const LlDispatchArgs& args, const Range& range, Outg
         const uint2 at = keep_route(args, slot, token, k, stay.expert, first + stay.position, 0);
         if (stay.expert >= 0) {
             const uint32_t index = atomicAdd(&to[place].count, 1);
-            to[place].row[index] = pointer<uint8_t>(args.recv_x) + uint64_t{at.x} * shape.hidden * (kFp8 ? 1 : 2);
+            to[place].row[index] = pointer<uint8_t>(args.recv_x) + uint64_t{at.x} * vecs_of<kFp8>(shape) * sizeof(Vec16);
             to[place].sf[index] = pointer<uint8_t>(args.recv_sf) + uint64_t{at.y} * 4;
             to[place].sf_stride = 4 * shape.num_ranks * shape.num_max_tokens;
         }

@@ -15,6 +15,7 @@ struct LlState {
     uint32_t num_readers[2][2];  // blocks that were to do so, since the window was cleaned
     uint32_t num_read[2][2];     // blocks that have done so: once both agree, the bank is free
     uint32_t mask[kLlMaxRanks];
+    uint32_t is_stale[kLlMaxRanks];  // since a rank was masked, what it sent may lie where nobody took it
     uint64_t num_barriers;
     uint64_t last_barrier[kLlMaxRanks];  // what each rank's word was when the last barrier ended
 };
@@ -31,15 +32,12 @@ struct LlWindow {
     uint64_t state;
     uint64_t headers;           // [R] from each source: number of its tokens, kHasWeights
     uint64_t counts;            // [R, L] rows from each source for each local expert
-    uint64_t present;           // [R, M] per token of each source: 1 if it comes here, 0 if not
+    uint64_t absent;            // [R, M] per token of each source: it does not come here
     uint64_t dispatch_credits;  // [R] that rank has read all that was dispatched to it in this epoch
-    uint64_t arrived;           // [M, S] per own token and term: its row is here
     uint64_t weights;           // [R, M * K] per token of each source and choice: bits of the weight
     uint64_t combine_credits;   // [R]
-    uint64_t dispatch_lines;    // [R, P] per token of each source: K of LlChoice, then the row and scale factors
-    uint64_t combine_lines;     // [Q, R] rows
-    uint64_t dispatch_slots;    // [R, M] payload, scale factors, then K of LlChoice
-    uint64_t combine_slots;     // [M, S] rows
+    uint64_t dispatch_slots;    // [R, M] per token of each source: row, a word per scale factor, then K of LlChoice
+    uint64_t combine_slots;     // [M, S] per own token and term: row
     uint64_t bank_stride;
 };
 
@@ -51,7 +49,7 @@ struct alignas(16) LlChoice {
     int32_t expert;     // local number, -1 if the choice lives elsewhere
     uint32_t position;  // among the rows of this source for that expert
     float weight;
-    uint32_t epoch;  // where choices are lines
+    uint32_t epoch;
 };
 
 struct LlShape {
@@ -60,28 +58,26 @@ struct LlShape {
     uint32_t num_slots;       // S, terms a token has room for
     uint32_t slot_bytes;      // of a dispatch slot
     uint32_t choice_offset;   // of the choices inside it
-    uint32_t dispatch_line_tokens;  // P: a rank with at most so many tokens sends them as lines
-    uint32_t combine_line_tokens;   // Q: and gets their sums as lines
-    uint32_t dispatch_line_bytes, combine_line_bytes;  // of one token, and of one row
-    uint32_t line_row_offset;                          // of the row among the lines of a token
     uint32_t local_experts_magic, ranks_magic, others_magic;  // for divide(); others: the ranks but this one
 };
 
-constexpr uint32_t kLlBadIndex = 4;  // in status[0]: an expert is out of range, [1 + R] says which
+// In status[0], beside operations that gave up (LlOp + 1):
+constexpr uint32_t kLlBadIndex = 4;    // an expert is out of range, [1 + R] says which
+constexpr uint32_t kLlNotCleaned = 5;  // a rank, [1 + r], was taken back in, and the window was not cleaned since
 
 enum LlPhase : uint32_t { kLlSend = 1, kLlRecv = 2 };
 
 struct LlCommon {
     uint64_t peer_table;
     uint64_t own_base;  // of this rank's window
-    uint64_t status;    // pinned: [0] op that gave up (LlOp + 1) or kLlBadIndex, [1 + r] rank r was not heard from
+    uint64_t status;    // pinned: [0] what is wrong, [1 + r] rank r was not heard from
     uint64_t timeout_ns;
     LlWindow window;
     LlShape shape;
     uint32_t phases;
     uint32_t num_tokens;     // T of this rank
     uint32_t team_threads;   // threads that work on one row together: a power of two, whole warps
-    uint32_t is_shrinkable;  // a rank that does not arrive is masked instead of reported
+    uint32_t is_shrinkable;  // a rank that does not arrive is masked and not reported
     uint64_t wait_stats;     // [R] int64 microseconds, or null
     // Of one dispatch, for its second phase and its combines.
     uint64_t call_epoch;     // [1]
@@ -119,16 +115,16 @@ struct LlCombineArgs {
     uint32_t use_logfmt;
     uint32_t has_sent_weights;  // this rank's dispatch carried the weights
     uint32_t keeps_own;  // sums of its own tokens do not go through the window
-    uint32_t debt_parts, home_parts;  // teams that share a row of lines where it is sent, and where it is added up
+    uint32_t has_workers;  // a team's first warps only list and wait, the others add up
+    uint32_t debt_parts, home_parts;  // teams that share a row where it is sent, and where it is added up
     uint32_t debt_parts_magic, home_parts_magic;
+    uint32_t pad;
 };
 
 struct LlCleanArgs {
     LlCommon common;
-    uint64_t words_offset;  // of all words of bank 0
-    uint64_t num_words;
-    uint32_t is_barrier;  // wait for the other ranks before and after
-    uint32_t pad;
+    uint32_t is_barrier;  // wait for the other ranks
+    uint32_t resets;      // bring the state back to its beginning, but for the mask
 };
 
 }  // namespace deepep

@@ -1,6 +1,8 @@
-// The sending half of low-latency dispatch: counts to every rank, each token once to every rank of its experts.
+// The sending half of low-latency dispatch: counts to every rank, each token once to every rank of its experts. Every warp
+// finds the ranks of a token by itself, so that warps need not meet.
 #pragma once
 
+#include <deepep/ll_items.cuh>
 #include <deepep/ll_rows.cuh>
 
 namespace deepep {
@@ -69,7 +71,7 @@ __device__ void publish_counts(const LlDispatchArgs& args, const LlCall& call, c
     }
 }
 
-// A token's choices, one or two per lane of the address warp, or of every warp.
+// A token's choices, one or two per lane of every warp.
 struct Choices {
     int32_t expert[kWords], owner[kWords];
     float weight[kWords];
@@ -79,14 +81,14 @@ struct Choices {
     }
 };
 
-__device__ __forceinline__ Choices load_choices(const LlDispatchArgs& args, uint32_t token, bool by_all) {
+__device__ __forceinline__ Choices load_choices(const LlDispatchArgs& args, uint32_t token) {
     const LlShape& shape = args.common.shape;
     const uint64_t first = static_cast<uint64_t>(token) * shape.num_topk;
     Choices choices;
 #pragma unroll
     for (uint32_t i = 0; i < kWords; ++i) {
         const uint32_t k = lane_index() + i * kWarpSize;
-        if (!(by_all || warp_index() == kAddressWarp) || k >= shape.num_topk) continue;
+        if (k >= shape.num_topk) continue;
         choices.expert[i] = load_expert(args, first + k);
         if (args.topk_weights != 0) choices.weight[i] = pointer<const float>(args.topk_weights)[first + k];
     }
@@ -162,35 +164,6 @@ __device__ __forceinline__ LlChoice choice_for(const LlShape& shape, int32_t ran
     return {choices.owner[i] == rank ? local : -1, positions.of[i], choices.weight[i], epoch};
 }
 
-// By the address warp: find the ranks of a token, and write each of them the token's choices.
-__device__ void address_token(const LlDispatchArgs& args, const LlCall& call, uint32_t token, Choices choices,
-                              uint32_t* table, Stay* stays, Targets& to) {
-    const LlShape& shape = args.common.shape;
-    const uint32_t lane = lane_index();
-    const Bits ranks = ranks_of(call, choices) & ~(stays != nullptr ? Bits{1} << shape.rank : 0);
-    const Positions positions = number_choices(choices, table);
-    const uint64_t offset = args.common.window.dispatch_slots + call.bank +
-                            (static_cast<uint64_t>(shape.rank) * shape.num_max_tokens + token) * shape.slot_bytes;
-    uint32_t count = 0;
-    for (Bits left = ranks; left != 0;) {
-        const int32_t rank = static_cast<int32_t>(pop_bit(left));
-        uint8_t* slot = call.transport.peer_ptr(rank, offset);
-        if (lane == 0) {
-            to.row[count] = slot;
-            to.sf[count] = slot + shape.hidden;
-        }
-        ++count;
-        LlChoice* out = reinterpret_cast<LlChoice*>(slot + shape.choice_offset);
-#pragma unroll
-        for (uint32_t i = 0; i < kWords; ++i) {
-            const uint32_t k = lane + i * kWarpSize;
-            if (k < shape.num_topk) out[k] = choice_for(shape, rank, choices, i, positions, 0);
-        }
-    }
-    if (lane == 0) to.ranks = ranks, to.count = count, to.sf_stride = 4;
-    keep_choices(args, token, choices, positions, stays);
-}
-
 // Tokens [begin, end) that a block sends. The last block publishes counts instead, where there are several.
 struct Range {
     uint32_t begin, end;
@@ -202,18 +175,64 @@ struct Range {
     }
 };
 
-// By one warp: say which of the last tokens went to which rank, all that was pushed to them being there.
-__device__ void signal_tokens(const LlDispatchArgs& args, const LlCall& call, uint32_t first, uint32_t count,
-                              const Bits* sent_to) {
+__device__ __forceinline__ uint64_t slot_of(const LlShape& shape, const LlWindow& window, uint64_t number) {
+    return window.dispatch_slots + number * shape.slot_bytes;
+}
+
+// By the address warp: the token's choices, to its ranks; the others learn that it does not come.
+__device__ void push_choices(const LlDispatchArgs& args, const LlCall& call, const Item& item, const Choices& choices,
+                             Bits ranks, uint32_t* table, Stay* stays) {
     const LlShape& shape = args.common.shape;
-    fence_sys();
+    const LlWindow& window = args.common.window;
+    const uint32_t lane = lane_index();
+    const Positions positions = number_choices(choices, table);
+    const uint64_t offset = slot_of(shape, window, item.slot) + shape.choice_offset + call.bank();
 #pragma unroll 1
-    for (uint32_t i = lane_index(); i < count * shape.num_ranks; i += kWarpSize) {
-        const uint32_t place = divide(i, shape.ranks_magic), rank = i - place * shape.num_ranks;
-        const uint64_t index = static_cast<uint64_t>(shape.rank) * shape.num_max_tokens + first + place;
-        if (!call.is_masked(rank)) call.signal(rank, args.common.window.present, index, has_bit(sent_to[place], rank));
+    for (Bits left = ranks; left != 0;) {
+        const int32_t rank = static_cast<int32_t>(pop_bit(left));
+        Vec16* out = reinterpret_cast<Vec16*>(call.transport.peer_ptr(rank, offset));
+#pragma unroll
+        for (uint32_t i = 0; i < kWords; ++i) {
+            const uint32_t k = lane + i * kWarpSize;
+            if (k >= shape.num_topk) continue;
+            const LlChoice choice = choice_for(shape, rank, choices, i, positions, call.epoch);
+            store_b128(out + k, {{static_cast<uint32_t>(choice.expert), choice.position,
+                                  __float_as_uint(choice.weight), choice.epoch}});
+        }
     }
-    __syncwarp();
+#pragma unroll 1
+    for (uint32_t rank = lane; rank < shape.num_ranks; rank += kWarpSize) {
+        if (!has_bit(ranks, rank) && !call.is_masked(rank)) call.signal(rank, window.absent, item.slot, 0);
+    }
+    keep_choices(args, item.token, choices, positions, stays);
+}
+
+// By the whole block: a row and its scale factors, `out` being a thread's first part of it.
+template <bool kFp8>
+__device__ __forceinline__ void push_row(const LlDispatchArgs& args, const LlCall& call, const Item& item,
+                                         Outgoing<kFp8> out, Bits ranks) {
+    constexpr uint32_t kParts = kFp8 ? 1 : 2;
+    const LlShape& shape = args.common.shape;
+    const uint32_t num_vecs = vecs_of<kFp8>(shape);
+    const uint64_t slot = slot_of(shape, args.common.window, item.slot) + call.bank();
+#pragma unroll 1
+    for (uint32_t unit = threadIdx.x; warp_begins_before(unit, num_vecs); unit += kParts * kLlThreads) {
+        if (unit != threadIdx.x) cast_unit(args, load_unit<kFp8>(args, item.token, unit), out);
+        const bool has_sf = kFp8 && lane_index() % kLanesPerGroup == 0;
+#pragma unroll
+        for (uint32_t part = 0; part < kParts; ++part) out.v[part] = to_wire(out.v[part]);
+#pragma unroll 1
+        for (Bits left = ranks; left != 0;) {
+            uint8_t* to = call.transport.peer_ptr(static_cast<int32_t>(pop_bit(left)), slot);
+#pragma unroll
+            for (uint32_t part = 0; part < kParts; ++part) {
+                const uint32_t vec = unit + part * kLlThreads;
+                if (vec < num_vecs) store_b128(reinterpret_cast<Vec16*>(to) + vec, out.v[part]);
+            }
+            uint32_t* sf = reinterpret_cast<uint32_t*>(to + shape.hidden) + unit / kLanesPerGroup;
+            if (has_sf && unit < num_vecs) store_relaxed_sys(sf, to_wire(out.sf));
+        }
+    }
 }
 
 // `table` holds how often the tokens before the range choose each expert; `held` and `choices` are of the first token.
@@ -221,29 +240,23 @@ __device__ void signal_tokens(const LlDispatchArgs& args, const LlCall& call, ui
 template <bool kFp8>
 __device__ Outgoing<kFp8> send(const LlDispatchArgs& args, const LlCall& call, const Range& range, Held held,
                                Choices choices, uint32_t* table, Stay (*stays)[kMostChoices]) {
-    __shared__ Targets to[2];
-    __shared__ Bits sent_to[kTokensPerFence];
+    const Bits kept = stays != nullptr ? Bits{1} << args.common.shape.rank : 0;
     Outgoing<kFp8> out;
 #pragma unroll 1
     for (uint32_t token = range.begin; token < range.end; ++token) {
-        const uint32_t place = token - range.begin, in_batch = place % kTokensPerFence;
-        Targets& now = to[place % 2];
+        const Item item(args.common.shape, args.common.shape.rank, token);
+        const Bits ranks = ranks_of(call, choices) & ~kept;
         if (warp_index() == kAddressWarp) {
-            address_token(args, call, token, choices, table, stays != nullptr ? stays[place] : nullptr, now);
+            push_choices(args, call, item, choices, ranks, table,
+                         stays != nullptr ? stays[token - range.begin] : nullptr);
         }
         cast_unit(args, held, out);
-        const bool is_last = token + 1 == range.end;
-        if (!is_last) {
-            choices = load_choices(args, token + 1, false);
+        if (token + 1 < range.end) {
+            choices = load_choices(args, token + 1);
             held = load_unit<kFp8>(args, token + 1, threadIdx.x);
             find_owners(args.common.shape, choices);
         }
-        __syncthreads();
-        if (threadIdx.x == 0) sent_to[in_batch] = now.ranks;
-        store_row<kFp8>(args, token, out, now);
-        if (in_batch + 1 < kTokensPerFence && !is_last) continue;
-        __syncthreads();
-        if (warp_index() == kAddressWarp) signal_tokens(args, call, token - in_batch, in_batch + 1, sent_to);
+        push_row<kFp8>(args, call, item, out, ranks);
     }
     return out;
 }

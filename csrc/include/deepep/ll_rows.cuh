@@ -2,23 +2,27 @@
 // places.
 #pragma once
 
-#include <deepep/ll_common.cuh>
+#include <deepep/ll_wire.cuh>
 #include <deepep/quant.cuh>
 
 namespace deepep {
 
-constexpr uint32_t kTokensPerFence = 4;                   // tokens a block sends before it says that they are there
 constexpr int kAddressWarp = kLlThreads / kWarpSize - 1;  // the one with the least of a row to cast
 constexpr uint32_t kKeptTokens = 4;  // a block sends at most, where rows that stay here skip the window
 
-// Where a row goes: slots of several ranks, or rows of several local experts.
+// Where a row goes that stays on its rank: rows of several local experts.
 struct Targets {
-    Bits ranks;  // for slots
     uint32_t count;
     uint32_t sf_stride;  // bytes from one word of scale factors to the next
     uint8_t* row[kMostChoices];
     uint8_t* sf[kMostChoices];
 };
+
+// Vectors of a row as it is dispatched.
+template <bool kFp8>
+__device__ __forceinline__ uint32_t vecs_of(const LlShape& shape) {
+    return shape.hidden / (kFp8 ? 16 : 8);
+}
 
 // The part of a row that a thread holds at once: 16 channels.
 struct Held {
@@ -81,9 +85,10 @@ __device__ __forceinline__ void cast_unit(const LlDispatchArgs& args, const Held
     }
 }
 
+// What the wire cannot carry is the same in rows that stay here.
 __device__ __forceinline__ void cast_unit(const LlDispatchArgs&, const Held& held, Outgoing<false>& out) {
-    out.v[0] = held.v[0];
-    out.v[1] = held.v[1];
+    out.v[0] = from_wire(to_wire(held.v[0]));
+    out.v[1] = from_wire(to_wire(held.v[1]));
 }
 
 __device__ __forceinline__ void store_unit(const LlDispatchArgs& args, const Outgoing<true>& out, uint32_t unit,

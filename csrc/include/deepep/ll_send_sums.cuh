@@ -1,13 +1,9 @@
 // The sending half of low-latency combine: what this rank owes the homes of the tokens that its experts worked on.
 #pragma once
 
-#include <deepep/ll_sum_lines.cuh>
+#include <deepep/ll_sums.cuh>
 
 namespace deepep {
-
-__device__ __forceinline__ bool is_lined(const LlCombineArgs& args, uint32_t num_tokens) {
-    return !args.is_per_copy && num_tokens <= args.common.shape.combine_line_tokens;
-}
 
 // What the kernel knows of the ranks whose tokens came here.
 struct Headers {
@@ -24,8 +20,7 @@ struct Headers {
     }
 };
 
-// What a team pushes: a row for every one of its numbers that is a token, and travels in the way asked for. This rank's
-// own tokens may be left out.
+// What a team pushes: a row for every one of its numbers that is a token. This rank's own tokens may be left out.
 struct Debts {
     const LlCombineArgs& args;
     const uint32_t* headers;
@@ -41,13 +36,10 @@ struct Debts {
         count = most_tokens * sources.count;
     }
     __device__ Item operator[](uint32_t number) const { return Item(args.common.shape, sources, number); }
-    __device__ bool is_due(const Item& debt, bool as_lines) const {
-        const uint32_t num_tokens = tokens_of(headers[debt.source]);
-        return debt.token < num_tokens && is_lined(args, num_tokens) == as_lines;
-    }
-    // The first one behind a flag from `number` on; at least `count` if there is none.
-    __device__ uint32_t next_slot(uint32_t number) const {
-        while (number < count && !is_due((*this)[number], false)) number += step;
+    __device__ bool is_due(const Item& debt) const { return debt.token < tokens_of(headers[debt.source]); }
+    // The first one from `number` on; at least `count` if there is none.
+    __device__ uint32_t next(uint32_t number) const {
+        while (number < count && !is_due((*this)[number])) number += step;
         return number;
     }
     __device__ Weights weights(uint32_t source) const { return weights_of(args, source, headers[source]); }
@@ -64,108 +56,61 @@ __device__ Choice load_first(const LlCombineArgs& args, const Team& team) {
     return load_choice(args, debt, team.thread);
 }
 
-__device__ __forceinline__ uint64_t first_slot(const LlCombineArgs& args, const Item& debt) {
-    return static_cast<uint64_t>(debt.token) * args.common.shape.num_slots;
-}
-
-__device__ __forceinline__ Vec16* home_slots(const LlCombineArgs& args, const LlCall& call, const Item& debt) {
-    Vec16* slots =
-        reinterpret_cast<Vec16*>(call.transport.peer_ptr(debt.source, args.common.window.combine_slots + call.bank));
-    return slots + first_slot(args, debt) * (args.common.shape.hidden / Bf16::kPerVec);
-}
-
-// Push rows as they are, each behind a flag of its own. `choice` is of the team's first debt.
-__device__ void send_copies(const LlCombineArgs& args, const LlCall& call, const Team& team, const Debts& debts,
-                            Choice choice, Terms (&listed)[2]) {
-    uint32_t turn = 0;
-    for (uint32_t number = team.global_index(); number < debts.count; number += debts.step) {
-        const Item debt = debts[number];
-        if (!debts.is_due(debt, false)) continue;
-        if (number != team.global_index()) choice = load_choice(args, debt, team.thread);
-        Terms& terms = listed[turn];
-        turn ^= 1;
-        list_terms(team, Weights::kNone, choice, terms);
-        team.sync();
-        push_copies(args, team, terms, home_slots(args, call, debt));
-        team.sync();
-        if (team.thread >= kMostChoices || terms.owed() == 0) continue;
-        fence_sys();
-        if (!has_bit(terms.bits(), team.thread)) continue;
-        call.signal(debt.source, args.common.window.arrived, first_slot(args, debt) + team.thread, 1);
-    }
-}
-
-// Push the sums that travel behind flags. `choice` is of the team's first debt, unless teams share that one. A team's
-// first warps, which have no rows to add, list what comes next, wait for weights and say what is there; they call
-// meanwhile() once, and all threads see what it did. The others, its workers, add up.
-template <typename Meanwhile>
-__device__ void send_slots(const LlCombineArgs& args, const LlCall& call, const Team& team, const Debts& debts,
-                           Choice choice, Terms (&listed)[2], uint32_t turn, Meanwhile meanwhile) {
+// Slot `term` of a token at its home.
+__device__ __forceinline__ Vec16* home_slot(const LlCombineArgs& args, const LlCall& call, const Item& debt,
+                                            uint32_t term) {
     const LlShape& shape = args.common.shape;
-    const bool is_worker = team.thread >= kMostChoices;
-    const auto list = [&](const Item& debt, const Choice& known, Terms& terms) {
-        list_terms(team, debts.weights(debt.source), known, terms);
-    };
-    uint32_t number = debts.next_slot(team.global_index());
-    Item debt = debts[number], earlier;
-    bool has_earlier = false;  // there, but nobody was told
-    if (number < debts.count) {
-        if (number != team.global_index() || args.debt_parts != 1) choice = load_choice(args, debt, team.thread);
-        list(debt, choice, listed[turn]);
-        team.sync();
-    }
-    meanwhile();
-    if (number >= debts.count) return team.sync();
-    while (true) {
-        const uint32_t next_number = debts.next_slot(number + debts.step);
-        const bool is_last = next_number >= debts.count;
-        const Item next = debts[next_number];
-        Terms& terms = listed[turn];
-        turn ^= 1;
-        const bool is_owed = terms.owed() != 0;
-        bool awaits_weights = is_owed && debts.weights(debt.source) == Weights::kSentNow;
-        if (is_worker) {
-            Vec16* slots = home_slots(args, call, debt);
-            put_sum(args, team, terms, slots + static_cast<uint64_t>(shape.rank) * (shape.hidden / Bf16::kPerVec), [&] {
-                if (awaits_weights) team.sync();
-                awaits_weights = false;
-            });
-        } else {
-            if (awaits_weights) {
-                await_weights(args, call, team, debt, terms);
-                team.sync();
-            }
-            if (!is_last) list(next, load_choice(args, next, team.thread), listed[turn]);
+    Vec16* slots =
+        reinterpret_cast<Vec16*>(call.transport.peer_ptr(debt.source, args.common.window.combine_slots + call.bank()));
+    return slots + (static_cast<uint64_t>(debt.token) * shape.num_slots + term) * (shape.hidden / Bf16::kPerVec);
+}
+
+// By a team: push a token's rows as they are, one per term.
+__device__ void push_copies(const LlCombineArgs& args, const LlCall& call, const Team& team, const Item& debt,
+                            const Terms& terms) {
+    const uint32_t row_vecs = args.common.shape.hidden / Bf16::kPerVec;
+    for (Bits left = terms.bits(); left != 0;) {
+        const uint32_t k = pop_bit(left);
+        const Vec16* in = pointer<const Vec16>(args.x) + static_cast<uint64_t>(terms.row[k]) * row_vecs;
+        Vec16* out = home_slot(args, call, debt, k);
+        for (uint32_t vec = team.thread; warp_begins_before(vec, row_vecs); vec += team.threads) {
+            Vec16 value = load_stream(in + min_of(vec, row_vecs - 1));
+            if (args.use_logfmt) value = cast_logfmt(value);
+            if (vec < row_vecs) store_b128(out + vec, to_wire(value));
         }
-        team.sync();
-        // One fence for two of them.
-        const bool is_put_off = is_owed && !has_earlier && !is_last;
-        if (team.thread == 0 && !is_put_off && (is_owed || has_earlier)) {
-            const auto announce = [&](const Item& done) {
-                call.signal(done.source, args.common.window.arrived, first_slot(args, done) + shape.rank, 1);
-            };
-            fence_sys();
-            if (has_earlier) announce(earlier);
-            if (is_owed) announce(debt);
-        }
-        if (is_last) return;
-        has_earlier = is_put_off;
-        earlier = debt;
-        debt = next;
-        number = next_number;
     }
 }
 
-// Push the rows that travel as lines, each in as many parts as there are teams for. Gives the next of the two `listed`.
-__device__ uint32_t send_lines(const LlCombineArgs& args, const LlCall& call, const Team& team, const Debts& debts,
-                               Choice choice, Terms (&listed)[2]) {
+// By a team: push the `part`th of `parts` of a token's weighted sum. Where the weights are yet to come, rows are loaded
+// before they are waited for.
+__device__ void push_part(const LlCombineArgs& args, const LlCall& call, const Team& team, const Item& debt,
+                          bool awaits_weights, uint32_t part, uint32_t parts, Terms& terms) {
+    const uint32_t row_vecs = args.common.shape.hidden / Bf16::kPerVec;
+    const Bits owes = terms.owed();
+    Vec16* out = home_slot(args, call, debt, args.common.shape.rank);
+    for (uint32_t base = part * team.threads; base < row_vecs; base += parts * team.threads) {
+        const Place<1> place(team.thread, team.threads, base, row_vecs);
+        Vec16 sum[1];
+        sum_rows(args, terms, owes, place.vec, sum, [&] {
+            if (!awaits_weights) return;
+            await_weights(args, call, team, debt, terms);
+            team.sync();
+            awaits_weights = false;
+        });
+        if (place.is_inside[0]) store_b128(out + place.vec[0], to_wire(sum[0]));
+    }
+}
+
+// Push all rows in parts, or, per copy, as they are. `choice` is of the team's first debt.
+__device__ void send_parts(const LlCombineArgs& args, const LlCall& call, const Team& team, const Debts& debts,
+                           Choice choice, Terms (&listed)[2]) {
     const uint32_t parts = args.debt_parts;
     uint32_t turn = 0;
     bool is_first = true;
     for (uint32_t number = team.global_index(); number < debts.count * parts; number += debts.step, is_first = false) {
         const uint32_t row = divide(number, args.debt_parts_magic);
         const Item debt = debts[row];
-        if (!debts.is_due(debt, true)) continue;
+        if (!debts.is_due(debt)) continue;
         if (!is_first) choice = load_choice(args, debt, team.thread);
         Terms& terms = listed[turn];
         turn ^= 1;
@@ -173,9 +118,56 @@ __device__ uint32_t send_lines(const LlCombineArgs& args, const LlCall& call, co
         list_terms(team, from, choice, terms);
         team.sync();
         if (terms.owed() == 0) continue;
-        push_lines(args, call, team, debt, from == Weights::kSentNow, number - row * parts, parts, terms);
+        if (args.is_per_copy) {
+            push_copies(args, call, team, debt, terms);
+        } else {
+            push_part(args, call, team, debt, from == Weights::kSentNow, number - row * parts, parts, terms);
+        }
     }
-    return turn;
+}
+
+// Push all sums. `choice` is of the team's first debt. A team's first warps, which have no rows to add, list what comes
+// next and wait for weights; they call meanwhile() once, and all threads see what it did. The others, its workers, add up.
+template <typename Meanwhile>
+__device__ void send_sums(const LlCombineArgs& args, const LlCall& call, const Team& team, const Debts& debts,
+                          Choice choice, Terms (&listed)[2], Meanwhile meanwhile) {
+    const bool is_worker = team.thread >= kMostChoices;
+    const auto list = [&](const Item& debt, const Choice& known, Terms& terms) {
+        list_terms(team, debts.weights(debt.source), known, terms);
+    };
+    uint32_t number = debts.next(team.global_index()), turn = 0;
+    Item debt = debts[number];
+    if (number < debts.count) {
+        if (number != team.global_index()) choice = load_choice(args, debt, team.thread);
+        list(debt, choice, listed[0]);
+        team.sync();
+    }
+    meanwhile();
+    if (number >= debts.count) return team.sync();
+    while (true) {
+        const uint32_t next_number = debts.next(number + debts.step);
+        const Item next = debts[next_number];
+        Terms& terms = listed[turn];
+        turn ^= 1;
+        const bool is_owed = terms.owed() != 0;
+        bool awaits_weights = is_owed && debts.weights(debt.source) == Weights::kSentNow;
+        if (is_worker && is_owed) {
+            put_sum<true>(args, team, terms, home_slot(args, call, debt, args.common.shape.rank), [&] {
+                if (awaits_weights) team.sync();
+                awaits_weights = false;
+            });
+        } else if (!is_worker) {
+            if (awaits_weights) {
+                await_weights(args, call, team, debt, terms);
+                team.sync();
+            }
+            if (next_number < debts.count) list(next, load_choice(args, next, team.thread), listed[turn]);
+        }
+        team.sync();
+        if (next_number >= debts.count) return;
+        debt = next;
+        number = next_number;
+    }
 }
 
 }  // namespace deepep

@@ -2,13 +2,13 @@
 #pragma once
 
 #include <deepep/ll_items.cuh>
+#include <deepep/ll_wire.cuh>
 #include <deepep/quant.cuh>
 
 namespace deepep {
 
-constexpr uint32_t kTermsAtOnce = 2;  // rows at home of which a thread holds vectors at the same time
-constexpr uint32_t kVecsAtOnce = 2;   // vectors of each of them, as far apart as there are threads
-constexpr uint32_t kRowsAtOnce = 8;   // vectors of expert outputs a thread loads before it adds the first one
+constexpr uint32_t kVecsAtOnce = 2;  // vectors of a row, as far apart as there are threads, where workers add up
+constexpr uint32_t kRowsAtOnce = 8;  // vectors of expert outputs a thread loads before it adds the first one
 
 // The rows that add up to one row, by top-k position, which positions count, and which there are at all: a rank whose
 // positions are all left out owes the home a row of zeros nevertheless.
@@ -28,56 +28,14 @@ __device__ __forceinline__ void set_valid(const Team& team, bool is_valid, Terms
     if (lane_index() == 0) terms.valid[team.thread / kWarpSize] = bits;
 }
 
-// Two vectors of a row.
-struct Pair {
-    Vec16 v[kVecsAtOnce];
-};
-
-// Sum a pair of vectors of all terms in ascending position, in fp32. load(k, i) gives vector i of term k.
-template <bool kWeighted, typename Load>
-__device__ __forceinline__ Pair sum_terms(const Terms& terms, Load load) {
-    float sum[kVecsAtOnce][8] = {};
-    for (Bits left = terms.bits(); left != 0;) {
-        Pair held[kTermsAtOnce];
-        float weight[kTermsAtOnce];
-        uint32_t count = 0;
-#pragma unroll
-        for (uint32_t t = 0; t < kTermsAtOnce; ++t) {
-            if (left == 0) break;
-            const uint32_t k = pop_bit(left);
-#pragma unroll
-            for (uint32_t i = 0; i < kVecsAtOnce; ++i) held[t].v[i] = load(k, i);
-            if constexpr (kWeighted) weight[t] = terms.weight[k];
-            count = t + 1;
-        }
-#pragma unroll
-        for (uint32_t t = 0; t < kTermsAtOnce; ++t) {
-            if (t >= count) break;
-#pragma unroll
-            for (uint32_t i = 0; i < kVecsAtOnce; ++i) {
-                float values[8];
-                Bf16::unpack(held[t].v[i], values);
-#pragma unroll
-                for (int c = 0; c < 8; ++c) {
-                    if constexpr (kWeighted) values[c] = weight[t] * values[c];
-                    sum[i][c] = sum[i][c] + values[c];
-                }
-            }
-        }
-    }
-    Pair out;
-#pragma unroll
-    for (uint32_t i = 0; i < kVecsAtOnce; ++i) out.v[i] = Bf16::pack(sum[i]);
-    return out;
-}
-
-// Where a thread's pairs of a row are; the last one may reach beyond the end, then it is the last vector again.
+// Where a thread's vectors of a row are; the last ones may reach beyond the end, then they are the last vector again.
+template <uint32_t kVecs>
 struct Place {
-    uint32_t vec[kVecsAtOnce];
-    bool is_inside[kVecsAtOnce];
+    uint32_t vec[kVecs];
+    bool is_inside[kVecs];
     __device__ __forceinline__ Place(uint32_t thread, uint32_t num_threads, uint32_t base, uint32_t row_vecs) {
 #pragma unroll
-        for (uint32_t i = 0; i < kVecsAtOnce; ++i) {
+        for (uint32_t i = 0; i < kVecs; ++i) {
             const uint32_t at = base + i * num_threads + thread;
             is_inside[i] = at < row_vecs;
             vec[i] = min_of(at, row_vecs - 1);
@@ -178,7 +136,7 @@ __device__ void await_weights(const LlCombineArgs& args, const LlCall& call, con
     uint32_t weight = kSkippedWeight;
     if (terms.owes[k / kWarpSize] >> (k % kWarpSize) & 1) {
         const uint64_t* word = call.own_word(args.common.window.weights, item.slot * args.common.shape.num_topk + k);
-        if (!call.wait<false>(item.source, word, weight, true)) weight = kSkippedWeight;
+        if (!call.wait(item.source, word, weight, true)) weight = kSkippedWeight;
     }
     terms.weight[k] = __uint_as_float(weight);
     set_valid(team, weight != kSkippedWeight, terms);
@@ -230,33 +188,24 @@ __device__ __forceinline__ void sum_rows(const LlCombineArgs& args, const Terms&
     }
 }
 
-// By a team's workers: write a token's weighted sum to `out`, a slot of its home or shared memory.
-template <typename Ready>
+// By a team's workers: write a token's weighted sum to `out`, a slot of its home (kIsSent) or shared memory.
+template <bool kIsSent, typename Ready>
 __device__ void put_sum(const LlCombineArgs& args, const Team& team, const Terms& terms, Vec16* out, Ready ready) {
     const uint32_t row_vecs = args.common.shape.hidden / Bf16::kPerVec;
     const uint32_t thread = team.thread - kMostChoices, num_threads = team.threads - kMostChoices;
     const Bits owes = terms.owed();
     for (uint32_t base = 0; base < row_vecs; base += kVecsAtOnce * num_threads) {
-        const Place place(thread, num_threads, base, row_vecs);
+        const Place<kVecsAtOnce> place(thread, num_threads, base, row_vecs);
         Vec16 sum[kVecsAtOnce];
         sum_rows(args, terms, owes, place.vec, sum, ready);
 #pragma unroll
         for (uint32_t i = 0; i < kVecsAtOnce; ++i) {
-            if (place.is_inside[i]) out[place.vec[i]] = sum[i];
-        }
-    }
-}
-
-// `out` is the slot of position 0.
-__device__ void push_copies(const LlCombineArgs& args, const Team& team, const Terms& terms, Vec16* out) {
-    const uint32_t row_vecs = args.common.shape.hidden / Bf16::kPerVec;
-    for (Bits left = terms.bits(); left != 0;) {
-        const uint32_t k = pop_bit(left);
-        const Vec16* in = pointer<const Vec16>(args.x) + static_cast<uint64_t>(terms.row[k]) * row_vecs;
-        for (uint32_t vec = team.thread; warp_begins_before(vec, row_vecs); vec += team.threads) {
-            Vec16 value = load_stream(in + min_of(vec, row_vecs - 1));
-            if (args.use_logfmt) value = cast_logfmt(value);
-            if (vec < row_vecs) out[static_cast<uint64_t>(k) * row_vecs + vec] = value;
+            if (!place.is_inside[i]) continue;
+            if constexpr (kIsSent) {
+                store_b128(out + place.vec[i], to_wire(sum[i]));
+            } else {
+                out[place.vec[i]] = sum[i];
+            }
         }
     }
 }

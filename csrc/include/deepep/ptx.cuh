@@ -22,6 +22,16 @@ __device__ __forceinline__ void store_release_sys(uint64_t* address, uint64_t va
 }
 
 // For words that say all there is to say: nothing else is ordered by them.
+__device__ __forceinline__ uint32_t load_relaxed_sys(const uint32_t* address) {
+    uint32_t value;
+    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void store_relaxed_sys(uint32_t* address, uint32_t value) {
+    asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
 __device__ __forceinline__ void store_relaxed_sys(uint64_t* address, uint64_t value) {
     asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 }
@@ -39,6 +49,11 @@ __device__ __forceinline__ uint32_t add_acq_rel_gpu(uint32_t* address, uint32_t 
                  : "l"(address), "r"(value)
                  : "memory");
     return old;
+}
+
+// Count, for whoever sees it, what this thread and those that met it at a barrier did before.
+__device__ __forceinline__ void add_release_gpu(uint32_t* address, uint32_t value) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
 // Written once and read by whoever comes next on another SM or GPU: keep it out of L1.

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from deepep import env
 from deepep.backends.base import (
     BackendOptions,
     CombineRequest,
@@ -50,11 +49,6 @@ class LowLatency:
             )
         self._group, self._options, self._device = group, options, device
         self._ranks_per_gpu = ranks_per_gpu
-        wanted = env.ll_line_tokens(ll_structs.default_line_tokens(group.num_ranks))
-        # Everybody must know how the others' tokens come.
-        self._line_tokens: int = min(
-            group.all_gather_object(wanted, op="build the low-latency window", timeout=options.timeout)
-        )
         num_bytes = options.num_rdma_bytes + ll_structs.SPARE_BYTES
         self._memory = SymmetricMemory(group, num_bytes, device, options.timeout)
         self._status = HostWords(8 * (2 + group.num_ranks))
@@ -87,8 +81,6 @@ class LowLatency:
             topk_idx.shape[1],
             request.num_max_tokens_per_rank,
             x.shape[1],
-            False,
-            self._line_tokens,
         )
         return self._engine_for(shape).dispatch(request)
 
@@ -119,7 +111,7 @@ class LowLatency:
         return self._next_combine_x
 
     def update_mask(self, rank: int, masked: bool) -> None:
-        """Leave a rank out, or take it back in, from the current stream's next call on."""
+        """Leave a rank out, or take it back in, from the current stream's next call on; see `clean_mask`."""
         self._mask()[rank] = int(masked)
 
     def query_mask(self, mask_status: torch.Tensor) -> None:
@@ -167,6 +159,13 @@ class LowLatency:
             index = ctypes.c_int32(int(status[1 + self._group.num_ranks])).value
             status[0] = 0
             raise InvalidArgument(f"low_latency_dispatch: expert {index} is out of range (found on the device)")
+        if status[0] == ll_structs.NOT_CLEANED:
+            back = [rank for rank in range(self._group.num_ranks) if status[1 + rank] != 0]
+            status[: 1 + self._group.num_ranks] = 0
+            raise InvalidArgument(
+                f"low_latency: rank(s) {back} were masked and taken back in, but the window was not cleaned since, so "
+                "they were left out; let all ranks call clean_low_latency_buffer first"
+            )
         if status[0] != 0:
             missing = [rank for rank in range(self._group.num_ranks) if status[1 + rank] != 0]
             raise CommTimeout(_OPS[int(status[0]) - 1], missing, self._options.timeout)
@@ -213,13 +212,21 @@ class LowLatency:
         return LowLatencyEngine(self._memory, division, settings)
 
     def _clean(self, engine: LowLatencyEngine) -> None:
-        """Ranks meet, clear their words, and meet again; on the device where some may be masked."""
+        """Ranks meet, clear the window, and meet again; on the device where some may be masked."""
         if self._options.enable_shrink:
-            engine.clean(with_barrier=True)
+            engine.meet()
+            self._zero(engine)
+            engine.reset(then_meet=True)
             return
         stream, timeout = torch.cuda.current_stream(), self._options.timeout
         stream.synchronize()
         self._group.barrier(op=_OPS[2], timeout=timeout)
-        engine.clean(with_barrier=False)
+        self._zero(engine)
+        engine.reset(then_meet=False)
         stream.synchronize()
         self._group.barrier(op=_OPS[2], timeout=timeout)
+
+    def _zero(self, engine: LowLatencyEngine) -> None:
+        division = engine.division
+        num_bytes = division.num_bytes - division.banks_offset
+        self._memory.as_tensor(division.banks_offset, (num_bytes,), torch.uint8).zero_()

@@ -1,0 +1,144 @@
+// Low-latency dispatch takes in tokens of other ranks. A thread waits for its part of a row where it will be stored from,
+// beside the counts that say where to.
+#pragma once
+
+#include <deepep/ll_lay_out.cuh>
+
+namespace deepep {
+
+constexpr uint32_t kPartsAtOnce = 2;  // vectors of a row per thread, a team apart
+
+// A thread's part of a token on its way here: vectors and, by the first lane of each group, their scale factors; choice
+// `team.thread` comes with the first part.
+template <bool kFp8>
+struct Arrival {
+    static constexpr uint32_t kChoiceBit = 2 * kPartsAtOnce;
+    Vec16 part[kPartsAtOnce];
+    Vec16 choice;
+    uint32_t sf[kPartsAtOnce];
+    uint32_t missing;  // bit per vector, then per scale factor, then for the choice
+    uint32_t first;    // vector of the row
+    uint8_t* slot;
+
+    // The part from vector `base` on.
+    __device__ Arrival(const LlDispatchArgs& args, const LlCall& call, const Team& team, const Item& item,
+                       uint32_t base)
+        : first(base + team.thread) {
+        const LlShape& shape = args.common.shape;
+        slot = pointer<uint8_t>(args.common.own_base + slot_of(shape, args.common.window, item.slot) + call.bank());
+        missing = base == 0 && team.thread < shape.num_topk ? 1u << kChoiceBit : 0;
+#pragma unroll
+        for (uint32_t i = 0; i < kPartsAtOnce; ++i) {
+            if (first + i * team.threads >= vecs_of<kFp8>(shape)) continue;
+            missing |= 1u << i;
+            if (has_sf()) missing |= 1u << (kPartsAtOnce + i);
+        }
+    }
+
+    static __device__ __forceinline__ bool has_sf() { return kFp8 && lane_index() % kLanesPerGroup == 0; }
+    __device__ __forceinline__ Vec16* part_at(const Team& team, uint32_t i) const {
+        return reinterpret_cast<Vec16*>(slot) + (first + i * team.threads);
+    }
+    __device__ __forceinline__ uint32_t* sf_at(const LlShape& shape, const Team& team, uint32_t i) const {
+        return reinterpret_cast<uint32_t*>(slot + shape.hidden) + (first + i * team.threads) / kLanesPerGroup;
+    }
+    __device__ __forceinline__ bool misses(uint32_t bit) const { return (missing >> bit & 1) != 0; }
+
+    // Look once at what is missing, all loads in one trip.
+    __device__ __forceinline__ void look(const LlShape& shape, uint32_t epoch, const Team& team) {
+#pragma unroll
+        for (uint32_t i = 0; i < kPartsAtOnce; ++i) {
+            if (misses(i)) part[i] = load_b128(part_at(team, i));
+        }
+#pragma unroll
+        for (uint32_t i = 0; kFp8 && i < kPartsAtOnce; ++i) {
+            if (misses(kPartsAtOnce + i)) sf[i] = load_relaxed_sys(sf_at(shape, team, i));
+        }
+        if (misses(kChoiceBit)) {
+            choice = load_b128(reinterpret_cast<const Vec16*>(slot + shape.choice_offset) + team.thread);
+        }
+        uint32_t left = 0;
+#pragma unroll
+        for (uint32_t i = 0; i < kPartsAtOnce; ++i) {
+            if (misses(i) && !is_there(part[i])) left |= 1u << i;
+            if (kFp8 && misses(kPartsAtOnce + i) && !is_there(sf[i])) left |= 1u << (kPartsAtOnce + i);
+        }
+        if (misses(kChoiceBit) && choice.word[3] != epoch) left |= 1u << kChoiceBit;
+        missing = left;
+    }
+
+    // All being there: store the thread's part, and leave zeros where it came from.
+    __device__ __forceinline__ void store(const LlDispatchArgs& args, const Team& team, const Rows& rows) const {
+        const LlShape& shape = args.common.shape;
+#pragma unroll
+        for (uint32_t i = 0; i < kPartsAtOnce; ++i) {
+            const uint32_t vec = first + i * team.threads;
+            if (vec >= vecs_of<kFp8>(shape)) continue;
+            store_vec<kFp8>(args, rows, vec, from_wire(part[i]), from_wire(sf[i]));
+            *part_at(team, i) = {};
+            if (has_sf()) *sf_at(shape, team, i) = 0;
+        }
+    }
+};
+
+// By each thread: wait for its part of a token and, with `table`, for the thread's first word among the counts, side by
+// side. It stays missing if the source has fewer tokens, the token does not come here, or the rank is lost.
+template <bool kFp8>
+__device__ void await_token(const LlDispatchArgs& args, const LlCall& call, const Team& team, const Item& item,
+                            Arrival<kFp8>& arrival, uint32_t* table, Arrivals* from) {
+    constexpr uint32_t kSpinsPerCheck = 64;
+    const LlCommon& common = args.common;
+    const uint64_t* header = call.own_word(common.window.headers, item.source);
+    const uint64_t* absent = call.own_word(common.window.absent, item.slot);
+    const uint64_t start = common.wait_stats != 0 ? global_timer_ns() : 0;
+    const uint32_t index = threadIdx.x;
+    const bool has_word = table != nullptr && index < Announced::count(common.shape);
+    const Announced announced(args, call, has_word ? index : 0);
+    bool waits_for_word = has_word, waits_for_token = arrival.missing != 0 && !call.is_masked(item.source);
+    uint32_t value = 0;
+    if (has_word && call.is_masked(announced.rank)) waits_for_word = false;
+    for (uint32_t spin = 1; waits_for_word || waits_for_token; ++spin) {
+        uint64_t seen = 0, seen_header = 0, seen_absent = 0;
+        if (waits_for_word) seen = load_relaxed_sys(announced.word);
+        if (waits_for_token) {
+            seen_header = load_relaxed_sys(header);
+            seen_absent = load_relaxed_sys(absent);
+            arrival.look(common.shape, call.epoch, team);
+            waits_for_token = arrival.missing != 0;
+            if (waits_for_token) {
+                const bool is_absent = static_cast<uint32_t>(seen_absent >> 32) == call.epoch;
+                const bool has_header = static_cast<uint32_t>(seen_header >> 32) == call.epoch;
+                const bool is_beyond = item.token >= tokens_of(static_cast<uint32_t>(seen_header));
+                waits_for_token = !is_absent && !(has_header && is_beyond);
+            }
+        }
+        if (waits_for_word && static_cast<uint32_t>(seen >> 32) == call.epoch) {
+            waits_for_word = false;
+            value = static_cast<uint32_t>(seen);
+            if (common.wait_stats != 0) call.note_wait(announced.rank, start);
+        }
+        if (spin % kSpinsPerCheck != 0) continue;
+        if (waits_for_word && call.has_given_up(announced.rank)) waits_for_word = false;
+        if (waits_for_token && call.has_given_up(item.source)) waits_for_token = false;
+    }
+    if (has_word) announced.keep(index, value, table, *from);
+}
+
+// By a team: lay out a token whose first part was waited for; it counts only if all of it came.
+template <bool kFp8>
+__device__ void store_token(const LlDispatchArgs& args, const LlCall& call, const Team& team, const Item& item,
+                            const uint32_t* table, Arrival<kFp8>& arrival, Rows& rows) {
+    const uint32_t step = kPartsAtOnce * team.threads, num_vecs = vecs_of<kFp8>(args.common.shape);
+    if (arrival.misses(Arrival<kFp8>::kChoiceBit)) arrival.choice.word[0] = 0xffffffffu;
+    list_rows<kFp8>(args, item, arrival.choice, table, team.thread, rows);
+    for (uint32_t base = 0;;) {
+        if (team.any(arrival.missing != 0)) return forget_token(args, item, team.thread);
+        arrival.store(args, team, rows);
+        base += step;
+        if (base >= num_vecs) return;
+        arrival = Arrival<kFp8>(args, call, team, item, base);
+        await_token(args, call, team, item, arrival, nullptr, nullptr);
+    }
+}
+
+}  // namespace deepep
