@@ -92,10 +92,14 @@ class Grids:
     def _combine(self, num_tokens: int, num_sms: int, is_per_copy: bool, split_phases: bool) -> CombineGrid:
         """Choose for a combine that brings T tokens home."""
         most, tokens = self._most_blocks(self._combine_blocks, num_sms), self._likely_tokens(num_tokens)
-        if tokens * self._shape.num_ranks <= most and not is_per_copy:
-            # There is a block for each row. A rank's own sums go like the others: blocks that wait for other rows
-            # anyway would make them late. Teams share a row, and those that add up need not be those that sent.
-            row_vecs, num_rows = self._shape.hidden // 8, tokens * self._shape.num_ranks
+        num_rows, num_foreign = tokens * self._shape.num_ranks, tokens * max(self._shape.num_ranks - 1, 1)
+        usual_team = _team(most, num_foreign)
+        # Workers are worth it if they are most of a team, and there is no block for each row.
+        most_few = most * MAX_TEAM // MIN_TEAM if usual_team == MIN_TEAM else most
+        if num_rows <= most_few and not is_per_copy:
+            # A rank's own sums go like the others: blocks that wait for other rows anyway would make them late. Teams
+            # share a row, and those that add up need not be those that sent.
+            row_vecs = self._shape.hidden // 8
             team = _team(most, num_rows, row_vecs)
             parts = -(-row_vecs // team)
             num_blocks = _num_blocks(most, tokens, (num_rows + tokens) * parts, team)
@@ -104,13 +108,11 @@ class Grids:
                 max(1, min(parts, teams)) for teams in (teams_per_token // self._shape.num_ranks, teams_per_token)
             )
             return CombineGrid(num_blocks, team, 0, False, False, debt_parts, home_parts)
-        num_rows = tokens * max(self._shape.num_ranks - 1, 1)
-        team = _team(most, num_rows)
-        num_blocks = _num_blocks(most, tokens, num_rows, team)
+        num_blocks = _num_blocks(most, tokens, num_foreign, usual_team)
         # Between two launches the caller may change the rows, so then its own sums travel like the others.
         keeps_own = self._can_keep_own and not is_per_copy and not split_phases
-        smem = self._own_bytes(team) if keeps_own else 0
-        return CombineGrid(num_blocks, team, smem, keeps_own, not is_per_copy, 1, 1)
+        smem = self._own_bytes(usual_team) if keeps_own else 0
+        return CombineGrid(num_blocks, usual_team, smem, keeps_own, not is_per_copy, 1, 1)
 
     def _most_blocks(self, blocks_per_sm: int, num_sms: int) -> int:
         return max(1, int(min(self._num_sms, num_sms or self._num_sms) * blocks_per_sm))

@@ -62,6 +62,7 @@ def test_teams_share_a_row_while_there_is_a_block_for_each() -> None:
     assert make_grids(2, 128).combine(66, 0, False, False).has_workers is False
     assert make_grids(2, 128).combine(67, 0, False, False)[3:] == (True, True, 1, 1)
     assert make_grids(2, 128, ranks_per_gpu=2).combine(34, 0, False, False).has_workers
+    assert [make_grids(8, 128, 8).combine(tokens, 0, False, False).has_workers for tokens in (8, 9)] == [False, True]
     assert make_grids(2, 128).combine(67, 0, True, False)[3:] == (False, False, 1, 1)
 
 
