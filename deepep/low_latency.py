@@ -218,7 +218,8 @@ class LowLatencyMixin(_Base):
         """Leave a rank out of low-latency operations (`mask=True`), or take it back in.
 
         A buffer that a `CommTimeout` broke goes on in low latency once every rank that it named is masked, where the
-        backend can (`ipc`).
+        backend can (`ipc`). When a rank is taken back in, all ranks call `clean_low_latency_buffer` before they go on;
+        `ipc` leaves it out until then, and says so by `InvalidArgument` from the call after.
         """
         op = "low_latency_update_mask_buffer"
         if not 0 <= rank_to_mask < self.group_size or rank_to_mask == self.rank:
@@ -234,7 +235,7 @@ class LowLatencyMixin(_Base):
         self._alive(op).query_mask(mask_status)
 
     def low_latency_clean_mask_buffer(self) -> None:
-        """Take every masked rank back in."""
+        """Take every masked rank back in; see `low_latency_update_mask_buffer`."""
         op = "low_latency_clean_mask_buffer"
         self._shrinkable(op)
         self._alive(op).clean_mask()

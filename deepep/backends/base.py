@@ -334,7 +334,7 @@ class Backend(abc.ABC):
         return dispatch_layout(topk_idx, num_experts, self.topology.num_ranks, self.topology.num_scaleup_ranks)
 
     def update_mask(self, rank: int, masked: bool) -> None:
-        """Leave `rank` out of low-latency operations, or take it back in."""
+        """Leave `rank` out of low-latency operations, or take it back in, after which all ranks clean their windows."""
         raise self._unsupported("update_mask")
 
     def query_mask(self, mask_status: torch.Tensor) -> None:
