@@ -20,6 +20,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Compile every kernel for the architectures asked for and print one line per file; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m deepep compile", description=__doc__)
     parser.add_argument("--arch", nargs="+", default=DEFAULT_ARCHS, metavar="sm_90", help="what to compile for")
+    parser.add_argument("--strict", action="store_true", help="fail if the compiler warns of anything")
     options = parser.parse_args(args)
     started = time.monotonic()
     try:
@@ -33,6 +34,9 @@ def main(args: Sequence[str] | None = None) -> int:
     for item in report:
         state = "cached" if item.was_cached else "compiled"
         print(f"{item.arch:8} {item.source:28} {item.num_bytes / 1024:8.1f} KiB  {state}")
+    warnings = [item.warnings for item in report if item.warnings]
+    for warning in dict.fromkeys(warnings):
+        print(warning, file=sys.stderr)
     seconds = time.monotonic() - started
     print(f"{len(report)} kernel files in {env.cache_dir()} ({seconds:.1f} s, NVRTC {jit.nvrtc_version()})")
-    return 0
+    return 1 if options.strict and warnings else 0

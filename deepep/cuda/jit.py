@@ -104,13 +104,23 @@ def cache_path(spec: KernelSpec, arch: str) -> Path:
 
 @dataclass(frozen=True)
 class Compiled:
-    """The binary of a kernel file for one architecture, its size in bytes, and whether it was there before."""
+    """The binary of a kernel file for one architecture.
+
+    Attributes:
+        source: the file.
+        arch: the architecture.
+        path: the binary.
+        num_bytes: its size.
+        was_cached: whether it was there before.
+        warnings: what the compiler said, if it was asked.
+    """
 
     source: str
     arch: str
     path: Path
     num_bytes: int
     was_cached: bool
+    warnings: str = ""
 
 
 def compile_kernel(spec: KernelSpec, arch: str) -> Compiled:
@@ -129,25 +139,26 @@ def compile_kernel(spec: KernelSpec, arch: str) -> Compiled:
         raise BackendUnavailable(
             f"NVRTC {nvrtc_version()} cannot compile for {arch} (it knows {known}); install another"
         )
-    cubin = _compile(spec, arch)
+    cubin, warnings = _compile(spec, arch)
     _write_atomically(path, cubin)
-    return Compiled(spec.source, arch, path, len(cubin), was_cached=False)
+    return Compiled(spec.source, arch, path, len(cubin), was_cached=False, warnings=warnings)
 
 
-def _compile(spec: KernelSpec, arch: str) -> bytes:
+def _compile(spec: KernelSpec, arch: str) -> tuple[bytes, str]:
     path = sources.source_path(spec.source)
     options = compile_options(spec, arch) + [f"--include-path={folder}" for folder in sources.include_dirs()]
     program = _call("nvrtcCreateProgram", path.read_bytes(), str(path).encode(), 0, [], [])
     nvrtc = _nvrtc()
     try:
         status = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[0]
+        log = bytearray(_call("nvrtcGetProgramLogSize", program))
+        _call("nvrtcGetProgramLog", program, log)
+        said = log.decode(errors="replace").rstrip(chr(0)).strip()
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            log = bytearray(_call("nvrtcGetProgramLogSize", program))
-            _call("nvrtcGetProgramLog", program, log)
-            raise CompileError(f"{path.name} for {arch}:\n{log.decode(errors='replace').rstrip(chr(0))}")
+            raise CompileError(f"{path.name} for {arch}:\n{said}")
         cubin = bytearray(_call("nvrtcGetCUBINSize", program))
         _call("nvrtcGetCUBIN", program, cubin)
-        return bytes(cubin)
+        return bytes(cubin), said
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 

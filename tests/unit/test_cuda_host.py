@@ -104,6 +104,22 @@ def test_command_line_compiles_every_file(capsys: pytest.CaptureFixture[str]) ->
     assert compile_cli.main(["--arch", "sm_1"]) == 1
 
 
+@needs_nvrtc
+@pytest.mark.usefixtures("cache")
+def test_what_the_compiler_warns_of_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("include/deepep", "kernels", "transports"):
+        (tmp_path / "csrc" / folder).mkdir(parents=True)
+    (tmp_path / "csrc/transports/p2p.cuh").write_text("")
+    (tmp_path / "csrc/kernels/odd.cu").write_text('extern "C" __global__ void odd() { int unused; }\n')
+    monkeypatch.setattr(sources, "source_root", lambda: tmp_path / "csrc")
+    monkeypatch.setattr(compile_cli, "kernel_specs", lambda: [jit.KernelSpec("odd", "kernels/odd.cu")])
+    assert compile_cli.main(["--arch", "sm_90", "--strict"]) == 1
+    assert "unused" in capsys.readouterr().err
+    assert compile_cli.main(["--arch", "sm_80"]) == 0, "warnings are no failures for users"
+
+
 @pytest.mark.parametrize("runtime", _RUNTIMES)
 def test_a_wait_ends_with_its_word_or_its_time(runtime: launch.Runtime) -> None:
     word = ctypes.c_uint64(5)
