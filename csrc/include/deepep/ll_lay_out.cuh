@@ -98,6 +98,11 @@ __device__ __forceinline__ uint32_t num_scales(const LlDispatchArgs& args) {
     return args.common.shape.hidden / kGroupSize / (args.sf_format == kSfUe8m0 ? 4 : 1);
 }
 
+template <bool kFp8>
+__device__ __forceinline__ uint8_t* row_of(const LlDispatchArgs& args, uint32_t row) {
+    return pointer<uint8_t>(args.recv_x) + uint64_t{row} * vecs_of<kFp8>(args.common.shape) * sizeof(Vec16);
+}
+
 // Note where one choice of a token ended up: `expert` -1 if elsewhere. Gives the row and the index of its first scale.
 __device__ __forceinline__ uint2 keep_route(const LlDispatchArgs& args, uint64_t slot, uint32_t token, uint32_t k,
                                             int32_t expert, uint32_t place, uint32_t weight) {
@@ -125,7 +130,7 @@ __device__ void list_rows(const LlDispatchArgs& args, const Item& item, const Ve
     const uint2 at = keep_route(args, item.slot, item.token, k, expert, first + raw.word[1], raw.word[2]);
     if (expert < 0) return;
     const uint32_t place = k - lane + __popc(here & ((1u << lane) - 1));
-    rows.row[place] = pointer<uint8_t>(args.recv_x) + uint64_t{at.x} * vecs_of<kFp8>(shape) * sizeof(Vec16);
+    rows.row[place] = row_of<kFp8>(args, at.x);
     rows.sf[place] = pointer<uint8_t>(args.recv_sf) + uint64_t{at.y} * 4;
 }
 
@@ -169,7 +174,7 @@ __device__ void keep_tokens(const LlDispatchArgs& args, const Range& range, Outg
         const uint2 at = keep_route(args, slot, token, k, stay.expert, first + stay.position, 0);
         if (stay.expert >= 0) {
             const uint32_t index = atomicAdd(&to[place].count, 1);
-            to[place].row[index] = pointer<uint8_t>(args.recv_x) + uint64_t{at.x} * vecs_of<kFp8>(shape) * sizeof(Vec16);
+            to[place].row[index] = row_of<kFp8>(args, at.x);
             to[place].sf[index] = pointer<uint8_t>(args.recv_sf) + uint64_t{at.y} * 4;
             to[place].sf_stride = 4 * shape.num_ranks * shape.num_max_tokens;
         }
