@@ -1,6 +1,6 @@
 // Low-latency dispatch: push each token once to every rank of its experts, into the slot [source][token] of the
 // receiver, and lay rows out per local expert there. A block first sends its tokens, then its teams receive rows; the
-// two phases may also be two launches. No block waits for another one of its own grid.
+// two phases may also be two launches. All of a grid runs at once, since blocks wait for rows and counts of their own rank.
 #include <deepep/ll_receive.cuh>
 
 namespace deepep {

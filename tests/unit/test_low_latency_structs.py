@@ -32,7 +32,7 @@ def test_members_agree(name: str) -> None:
 
 
 def test_the_mask_is_where_kernels_keep_it() -> None:
-    body = re.search(r"struct LlState \{(.*?)uint32_t mask", _HEADER, re.DOTALL)
+    body = re.search(r"struct LlState \{(.*?)uint32_t mask\[kLlMaxRanks\];\s+uint32_t is_stale\[", _HEADER, re.DOTALL)
     assert body is not None
     assert re.findall(r"(uint\d\d)_t (\w+)((?:\[2\])+)", body.group(1)) == [
         ("uint64", "starts", "[2]"),
@@ -41,6 +41,7 @@ def test_the_mask_is_where_kernels_keep_it() -> None:
         ("uint32", "num_read", "[2][2]"),
     ]
     assert ll_structs.LlState.mask.offset == 2 * 8 + 3 * 4 * 4
+    assert ll_structs.LlState.is_stale.offset == ll_structs.LlState.mask.offset + 4 * ll_structs.MAX_RANKS
 
 
 @pytest.mark.parametrize(("constant", "value"), [("kLlMaxRanks", 64), ("kLlMaxTopk", 64)])

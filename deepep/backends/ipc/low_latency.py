@@ -54,7 +54,6 @@ class LowLatency:
         self._status = HostWords(8 * (2 + group.num_ranks))
         self._engine: LowLatencyEngine | None = None
         self._next_combine_x: torch.Tensor | None = None
-        self._pending: tuple[int, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -119,7 +118,7 @@ class LowLatency:
         mask_status.copy_(self._mask())
 
     def clean_mask(self) -> None:
-        """Take every rank back in; follow it with `clean` on all ranks, so that their epochs agree again."""
+        """Take every rank back in; follow it with `clean` on all ranks, so that nothing of earlier calls is left."""
         self._mask().zero_()
 
     def clean(self, num_max_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
@@ -149,7 +148,10 @@ class LowLatency:
         self._status.close()
 
     def _mask(self) -> torch.Tensor:
-        return self._memory.as_tensor(LlState.mask.offset, (self._group.num_ranks,), torch.int32)
+        return self._per_rank(LlState.mask.offset)
+
+    def _per_rank(self, offset: int) -> torch.Tensor:
+        return self._memory.as_tensor(offset, (self._group.num_ranks,), torch.int32)
 
     def _check_status(self) -> None:
         status = self._status.host
@@ -160,15 +162,26 @@ class LowLatency:
             status[0] = 0
             raise InvalidArgument(f"low_latency_dispatch: expert {index} is out of range (found on the device)")
         if status[0] == ll_structs.NOT_CLEANED:
-            back = [rank for rank in range(self._group.num_ranks) if status[1 + rank] != 0]
             status[: 1 + self._group.num_ranks] = 0
+            self._check_cleaned()
+        if status[0] != 0:
+            missing = [rank for rank in range(self._group.num_ranks) if status[1 + rank] != 0]
+            raise CommTimeout(_OPS[int(status[0]) - 1], missing, self._options.timeout)
+
+    def _check_cleaned(self) -> None:
+        """Raise if a rank that was taken back in is left out; kernels said so, but the window may be clean by now."""
+        if torch.cuda.is_current_stream_capturing():
+            return  # they will say it again
+        masked, stale = self._mask().tolist(), self._per_rank(LlState.is_stale.offset).tolist()
+        lost = [rank for rank, is_masked in enumerate(masked) if is_masked]
+        if lost and not self._options.enable_shrink:
+            raise CommTimeout(_OPS[0], lost, self._options.timeout)
+        back = [rank for rank, is_stale in enumerate(stale) if is_stale and rank not in lost]
+        if back:
             raise InvalidArgument(
                 f"low_latency: rank(s) {back} were masked and taken back in, but the window was not cleaned since, so "
                 "they were left out; let all ranks call clean_low_latency_buffer first"
             )
-        if status[0] != 0:
-            missing = [rank for rank in range(self._group.num_ranks) if status[1 + rank] != 0]
-            raise CommTimeout(_OPS[int(status[0]) - 1], missing, self._options.timeout)
 
     def _engine_for(self, shape: Shape) -> LowLatencyEngine:
         engine = self._engine
