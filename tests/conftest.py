@@ -89,6 +89,20 @@ def pytest_exception_interact(
     reporter.write(f"\nFAILED {report.nodeid}: {reason}\n", flush=True)
 
 
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Workers]:
+    """Two ranks, new ones for each file."""
+    with Workers(2) as workers:
+        yield workers
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Workers]:
+    """Four of them."""
+    with Workers(4) as workers:
+        yield workers
+
+
 @pytest.fixture(scope="session")
 def kernels() -> None:
     """Compile where there is a GPU, before ranks do so in the middle of their first calls, at different speeds."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,13 +13,6 @@ from deepep.backends.base import Availability, Backend, Capabilities, Layout
 from deepep.backends.reference.backend import ReferenceBackend
 from deepep.testing.launch import Workers
 from deepep.topology import Topology
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
-    with Workers(2) as running:
-        yield running
-
 
 # name -> (what rank 1 passes, what every rank is told); rank 0 builds a plain reference buffer
 CONSTRUCTIONS: dict[str, tuple[dict[str, Any], str, str]] = {
@@ -42,9 +34,9 @@ CONSTRUCTIONS: dict[str, tuple[dict[str, Any], str, str]] = {
 
 
 @pytest.mark.parametrize("name", CONSTRUCTIONS)
-def test_ranks_agree_at_construction(workers: Workers, name: str) -> None:
+def test_ranks_agree_at_construction(pair: Workers, name: str) -> None:
     _, kind, pattern = CONSTRUCTIONS[name]
-    outcomes = workers.run(construct, name)
+    outcomes = pair.run(construct, name)
     for outcome in outcomes:
         assert outcome is not None
         assert outcome[0] == kind
@@ -63,9 +55,9 @@ ELASTIC: dict[str, tuple[dict[str, Any], str, str]] = {
 
 
 @pytest.mark.parametrize("name", ELASTIC)
-def test_ranks_agree_at_construction_of_elastic_buffers(workers: Workers, name: str) -> None:
+def test_ranks_agree_at_construction_of_elastic_buffers(pair: Workers, name: str) -> None:
     _, kind, pattern = ELASTIC[name]
-    outcomes = workers.run(construct_elastic, name)
+    outcomes = pair.run(construct_elastic, name)
     assert outcomes[0] == outcomes[1]
     assert outcomes[0][0] == kind
     assert_says(outcomes[0][1], pattern)
@@ -79,8 +71,8 @@ def construct_elastic(group: Any, name: str) -> Outcome:
 
 
 @pytest.mark.parametrize("name", ["DEEPEP_NUM_HOSTS", "DEEPEP_TIMEOUT"])
-def test_a_wrong_environment_on_one_rank_is_told_to_all(workers: Workers, name: str) -> None:
-    outcomes = workers.run(construct_with, name)
+def test_a_wrong_environment_on_one_rank_is_told_to_all(pair: Workers, name: str) -> None:
+    outcomes = pair.run(construct_with, name)
     assert outcomes[0] == outcomes[1]
     assert outcomes[0][0] == "InvalidArgument"
     assert_says(outcomes[0][1], f"rank 1: {name}='many'")
@@ -137,8 +129,8 @@ def add_backends(patch: pytest.MonkeyPatch) -> None:
         patch.setitem(registry._BUILT_IN, backend.name, f"{__name__}:{backend.__name__}")
 
 
-def test_what_a_backend_cannot_do_is_named(workers: Workers) -> None:
-    for dispatch, low_latency, mask in workers.run(unsupported):
+def test_what_a_backend_cannot_do_is_named(pair: Workers) -> None:
+    for dispatch, low_latency, mask in pair.run(unsupported):
         assert dispatch[0] == low_latency[0] == mask[0] == "UnsupportedOperation"
         assert_says(dispatch[1], "dispatch: backend 'cuda_only' does not work on cpu tensors.*'reference'")
         assert_says(low_latency[1], "low_latency_dispatch: backend 'cuda_only'.*'reference'")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,12 +11,6 @@ from scenes import BF16, E, H, K, M, Outcome, Scene, T, assert_says, attempt
 
 import deepep
 from deepep.testing.launch import Workers
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
-    with Workers(2) as running:
-        yield running
 
 
 def _spoilt(**changed: Any) -> dict[str, Any]:
@@ -104,9 +98,9 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_refused_on_every_rank(workers: Workers, name: str) -> None:
+def test_bad_input_is_refused_on_every_rank(pair: Workers, name: str) -> None:
     _, _, pattern = BAD[name]
-    everywhere, only_at_one = zip(*workers.run(refuse, name), strict=True)
+    everywhere, only_at_one = zip(*pair.run(refuse, name), strict=True)
     for kind, text in everywhere:
         assert kind == "InvalidArgument"
         assert_says(text, pattern)
@@ -131,8 +125,8 @@ def refuse(group: Any, name: str) -> list[Outcome]:
     return outcomes
 
 
-def test_what_one_rank_cannot_do_is_refused_on_every_rank(workers: Workers) -> None:
-    (kind, text), (own_kind, own_text) = workers.run(ask_for_too_much)
+def test_what_one_rank_cannot_do_is_refused_on_every_rank(pair: Workers) -> None:
+    (kind, text), (own_kind, own_text) = pair.run(ask_for_too_much)
     assert (kind, own_kind) == ("InvalidArgument", "UnsupportedOperation")
     assert_says(own_text, "dispatch: backend 'reference' does not work on cpu tensors")
     assert text.endswith(f"rank 1 refused: {own_text}")
@@ -166,8 +160,8 @@ DISAGREEMENTS: dict[str, tuple[Callable[[Scene], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", DISAGREEMENTS)
-def test_ranks_that_disagree_get_the_same_error(workers: Workers, name: str) -> None:
-    first, second = workers.run(disagree, name)
+def test_ranks_that_disagree_get_the_same_error(pair: Workers, name: str) -> None:
+    first, second = pair.run(disagree, name)
     assert first == second
     assert first[0] == "InvalidArgument"
     assert_says(first[1], f"ranks disagree about.*{DISAGREEMENTS[name][1]}")
@@ -181,8 +175,8 @@ def disagree(group: Any, name: str) -> Outcome:
     return outcome
 
 
-def test_ranks_that_disagree_about_m(workers: Workers) -> None:
-    first, second = workers.run(disagree_about_m)
+def test_ranks_that_disagree_about_m(pair: Workers) -> None:
+    first, second = pair.run(disagree_about_m)
     assert first == second
     assert_says(first[1], "num_max_tokens_per_rank: rank 0 has 6 and rank 1 has 7")
 
@@ -192,8 +186,8 @@ def disagree_about_m(group: Any) -> Outcome:
     return attempt(scene.ll_dispatch, num_max_dispatch_tokens_per_rank=M + group.rank())
 
 
-def test_too_few_worst_tokens_names_the_number(workers: Workers) -> None:
-    outcomes = workers.run(too_few)
+def test_too_few_worst_tokens_names_the_number(pair: Workers) -> None:
+    outcomes = pair.run(too_few)
     assert outcomes[0] == outcomes[1]
     kind, text = outcomes[0]
     assert kind == "InvalidArgument"
@@ -208,8 +202,8 @@ def too_few(group: Any) -> Outcome:
     return outcome
 
 
-def test_handle_of_another_buffer(workers: Workers) -> None:
-    for outcomes in workers.run(foreign_handles):
+def test_handle_of_another_buffer(pair: Workers) -> None:
+    for outcomes in pair.run(foreign_handles):
         for kind, text in outcomes:
             assert kind == "InvalidArgument"
             assert "handle belongs to another buffer" in text or "pass the LowLatencyHandle" in text
@@ -227,8 +221,8 @@ def foreign_handles(group: Any) -> list[Outcome]:
     ]
 
 
-def test_layout_checks_its_arguments(workers: Workers) -> None:
-    for kind, text in workers.run(bad_layouts)[0]:
+def test_layout_checks_its_arguments(pair: Workers) -> None:
+    for kind, text in pair.run(bad_layouts)[0]:
         assert kind == "InvalidArgument"
         assert_says(text, "^get_dispatch_layout: (topk_idx|num_experts|token 0|allocate_on_comm_stream)")
 

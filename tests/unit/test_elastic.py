@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,6 @@ from deepep.elastic_sizes import SIZE_ALIGNMENT
 from deepep.layout import last_slots, topk_ranks
 from deepep.testing.launch import Workers
 from deepep.topology import Topology
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Workers]:
-    with Workers(2) as workers:
-        yield workers
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Workers]:
-    with Workers(4) as workers:
-        yield workers
 
 
 def add_up(group: Any, do_expand: bool, allow_hybrid_mode: bool, allow_multiple_reduction: bool) -> None:
@@ -84,8 +71,8 @@ def disagree(group: Any, **options: Any) -> None:
     build(group).dispatch(x, idx, weights, num_experts=NUM_EXPERTS, **{k: v[group.rank()] for k, v in options.items()})
 
 
-def messages(workers: Workers, options: dict[str, Any]) -> list[str]:
-    outcomes = workers.run(disagree_with, options, return_exceptions=True)
+def messages(pair: Workers, options: dict[str, Any]) -> list[str]:
+    outcomes = pair.run(disagree_with, options, return_exceptions=True)
     assert all(isinstance(outcome, deepep.InvalidArgument) for outcome in outcomes), outcomes
     return [str(outcome) for outcome in outcomes]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,18 +13,6 @@ import deepep
 from deepep.testing.checks_elastic import SAVED_FIELDS
 from deepep.testing.launch import Workers
 from deepep.topology import Topology
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Workers]:
-    with Workers(2) as workers:
-        yield workers
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Workers]:
-    with Workers(4) as workers:
-        yield workers
 
 
 def recompute(group: Any, do_expand: bool, do_cpu_sync: bool, num_hosts: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,14 +15,8 @@ from deepep.testing.launch import Workers
 from deepep.topology import Topology
 
 
-@pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
-    with Workers(2) as running:
-        yield running
-
-
-def test_a_destroyed_buffer_says_so(workers: Workers) -> None:
-    for outcomes in workers.run(use_after_destroy):
+def test_a_destroyed_buffer_says_so(pair: Workers) -> None:
+    for outcomes in pair.run(use_after_destroy):
         for kind, text in outcomes:
             assert kind == "BufferDestroyed"
             assert "this buffer was destroyed; build a new one" in text
@@ -56,8 +49,8 @@ def use_after_destroy(group: Any) -> list[Outcome]:
     return outcomes
 
 
-def test_buffers_can_be_watched_and_go_away(workers: Workers) -> None:
-    assert workers.run(watch) == [(True, True, True)] * 2
+def test_buffers_can_be_watched_and_go_away(pair: Workers) -> None:
+    assert pair.run(watch) == [(True, True, True)] * 2
 
 
 def watch(group: Any) -> tuple[bool, bool, bool]:
@@ -72,8 +65,8 @@ def watch(group: Any) -> tuple[bool, bool, bool]:
     return was_alive, seen() is None and "buffer" not in known, len(handle) == 6
 
 
-def test_attributes_that_clients_read(workers: Workers) -> None:
-    workers.run(read_attributes)
+def test_attributes_that_clients_read(pair: Workers) -> None:
+    pair.run(read_attributes)
 
 
 def read_attributes(group: Any) -> None:
@@ -90,8 +83,8 @@ def read_attributes(group: Any) -> None:
     assert buffer.traffic == {"num_rows": num_sent, "num_bytes": num_sent * H * 2}
 
 
-def test_local_buffer_keeps_its_bounds(workers: Workers) -> None:
-    for outcomes in workers.run(local_buffers):
+def test_local_buffer_keeps_its_bounds(pair: Workers) -> None:
+    for outcomes in pair.run(local_buffers):
         for kind, text in outcomes:
             assert kind == "InvalidArgument"
             assert_says(text, "get_local_buffer_tensor: ")
@@ -116,8 +109,8 @@ def local_buffers(group: Any) -> list[Outcome]:
     ]
 
 
-def test_handles_keep_upstreams_positions(workers: Workers) -> None:
-    workers.run(read_handles)
+def test_handles_keep_upstreams_positions(pair: Workers) -> None:
+    pair.run(read_handles)
 
 
 def read_handles(group: Any) -> None:
@@ -135,8 +128,8 @@ def read_handles(group: Any) -> None:
     assert handle[-4].tolist() == ([3, 6] if rank == 0 else [2, 4])
 
 
-def test_either_kind_of_event_is_taken(workers: Workers) -> None:
-    workers.run(pass_events)
+def test_either_kind_of_event_is_taken(pair: Workers) -> None:
+    pair.run(pass_events)
 
 
 def pass_events(group: Any) -> None:
@@ -218,18 +211,18 @@ def test_events() -> None:
     assert (event.event, event.extra_tensors) == (None, None)
 
 
-def test_comm_stream_needs_a_gpu(workers: Workers) -> None:
+def test_comm_stream_needs_a_gpu(pair: Workers) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert [kind for kind, _ in workers.run(ask_for_stream)] == ["UnsupportedOperation"] * 2
+    assert [kind for kind, _ in pair.run(ask_for_stream)] == ["UnsupportedOperation"] * 2
 
 
 def ask_for_stream(group: Any) -> Outcome:
     return attempt(deepep.Buffer(group, backend="reference").get_comm_stream)
 
 
-def test_a_backend_without_windows_reads_nothing_in_place(workers: Workers) -> None:
-    for outcomes in workers.run(ask_for_input_buffers):
+def test_a_backend_without_windows_reads_nothing_in_place(pair: Workers) -> None:
+    for outcomes in pair.run(ask_for_input_buffers):
         for kind, text in outcomes:
             assert kind == "UnsupportedOperation"
             assert_says(text, "input_buffer: backend 'reference' does not offer this operation; ipc does")

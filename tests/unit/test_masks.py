@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,14 +12,8 @@ import deepep
 from deepep.testing.launch import Workers
 
 
-@pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
-    with Workers(2) as running:
-        yield running
-
-
-def test_masks_need_a_buffer_that_shrinks(workers: Workers) -> None:
-    for outcomes in workers.run(mask_misuse):
+def test_masks_need_a_buffer_that_shrinks(pair: Workers) -> None:
+    for outcomes in pair.run(mask_misuse):
         for kind, text in outcomes:
             assert kind == "InvalidArgument"
             assert_says(text, "enable_shrink=True|another rank of the group|mask_status is")
@@ -40,8 +33,8 @@ def mask_misuse(group: Any) -> list[Outcome]:
     ]
 
 
-def test_cleaning_waits_for_those_that_are_not_masked_and_compares_shapes(workers: Workers) -> None:
-    outcomes = workers.run(clean)
+def test_cleaning_waits_for_those_that_are_not_masked_and_compares_shapes(pair: Workers) -> None:
+    outcomes = pair.run(clean)
     for done, bad, differing in outcomes:
         assert done is None
         assert bad[0] == "InvalidArgument"
@@ -62,8 +55,8 @@ def clean(group: Any) -> list[Outcome]:
     return [done, bad, attempt(buffer.clean_low_latency_buffer, M, H + 128 * group.rank(), E)]
 
 
-def test_a_broken_buffer_goes_on_when_those_that_it_missed_are_masked(workers: Workers) -> None:
-    (lost, after_one, after_both), _ = workers.run(mask_the_lost)
+def test_a_broken_buffer_goes_on_when_those_that_it_missed_are_masked(pair: Workers) -> None:
+    (lost, after_one, after_both), _ = pair.run(mask_the_lost)
     assert lost == ("BufferDestroyed", lost[1])
     assert_says(lost[1], "this buffer broke earlier .*rank.s. 1, 2 did not arrive")
     assert after_one == lost
