@@ -34,8 +34,8 @@ def main(args: Sequence[str] | None = None) -> int:
     for item in report:
         state = "cached" if item.was_cached else "compiled"
         print(f"{item.arch:8} {item.source:28} {item.num_bytes / 1024:8.1f} KiB  {state}")
-    warnings = [item.warnings for item in report if item.warnings]
-    for warning in dict.fromkeys(warnings):
+    warnings = dict.fromkeys(item.warnings for item in report if item.warnings)
+    for warning in warnings:
         print(warning, file=sys.stderr)
     seconds = time.monotonic() - started
     print(f"{len(report)} kernel files in {env.cache_dir()} ({seconds:.1f} s, NVRTC {jit.nvrtc_version()})")

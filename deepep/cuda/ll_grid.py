@@ -107,12 +107,15 @@ class Grids:
             debt_parts, home_parts = (
                 max(1, min(parts, teams)) for teams in (teams_per_token // self._shape.num_ranks, teams_per_token)
             )
-            return CombineGrid(num_blocks, team, 0, False, False, debt_parts, home_parts)
+            return CombineGrid(
+                num_blocks, team, 0, keeps_own=False, has_workers=False, debt_parts=debt_parts, home_parts=home_parts
+            )
         num_blocks = _num_blocks(most, tokens, num_foreign, usual_team)
         # Between two launches the caller may change the rows, so then its own sums travel like the others.
         keeps_own = self._can_keep_own and not is_per_copy and not split_phases
         smem = self._own_bytes(usual_team) if keeps_own else 0
-        return CombineGrid(num_blocks, usual_team, smem, keeps_own, not is_per_copy, 1, 1)
+        has_workers = not is_per_copy
+        return CombineGrid(num_blocks, usual_team, smem, keeps_own, has_workers, debt_parts=1, home_parts=1)
 
     def _most_blocks(self, blocks_per_sm: int, num_sms: int) -> int:
         return max(1, int(min(self._num_sms, num_sms or self._num_sms) * blocks_per_sm))
