@@ -57,9 +57,8 @@ __device__ void list_slots(const LlCombineArgs& args, const LlCall& call, const 
         counts = is_owed;
         terms.row[k] = owner;
     }
-    const uint32_t owes = __ballot_sync(kFullMask, is_owed);
-    if (lane_index() == 0) terms.owes[k / kWarpSize] = owes;
-    set_valid(team, counts, terms);
+    set_bits(team, is_owed, terms.owes);
+    set_bits(team, counts, terms.valid);
 }
 
 // A thread's vectors of some terms of a token: which ones they are, and where among the token's slots.

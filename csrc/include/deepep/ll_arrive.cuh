@@ -31,11 +31,10 @@ struct Arrival {
         for (uint32_t i = 0; i < kPartsAtOnce; ++i) {
             if (first + i * team.threads >= vecs_of<kFp8>(shape)) continue;
             missing |= 1u << i;
-            if (has_sf()) missing |= 1u << (kPartsAtOnce + i);
+            if (has_sf<kFp8>()) missing |= 1u << (kPartsAtOnce + i);
         }
     }
 
-    static __device__ __forceinline__ bool has_sf() { return kFp8 && lane_index() % kLanesPerGroup == 0; }
     __device__ __forceinline__ Vec16* part_at(const Team& team, uint32_t i) const {
         return reinterpret_cast<Vec16*>(slot) + (first + i * team.threads);
     }
@@ -76,7 +75,7 @@ struct Arrival {
             if (vec >= vecs_of<kFp8>(shape)) continue;
             store_vec<kFp8>(args, rows, vec, from_wire(part[i]), from_wire(sf[i]));
             *part_at(team, i) = {};
-            if (has_sf()) *sf_at(shape, team, i) = 0;
+            if (has_sf<kFp8>()) *sf_at(shape, team, i) = 0;
         }
     }
 };

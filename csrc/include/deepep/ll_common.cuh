@@ -26,13 +26,6 @@ __device__ __forceinline__ uint64_t load_relaxed_gpu(const uint64_t* address) {
     return value;
 }
 
-// For words that say all there is to say, and whatever is ordered otherwise.
-__device__ __forceinline__ uint64_t load_relaxed_sys(const uint64_t* address) {
-    uint64_t value;
-    asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
-    return value;
-}
-
 // n / d where their product is less than 2^32. The host has made `magic` of d: 2^32 / d rounded up, 0 for 1.
 __device__ __forceinline__ uint32_t divide(uint32_t n, uint32_t magic) { return magic == 0 ? n : __umulhi(n, magic); }
 

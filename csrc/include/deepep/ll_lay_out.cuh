@@ -140,11 +140,11 @@ __device__ __forceinline__ void store_vec(const LlDispatchArgs& args, const Rows
                                           const Vec16& value, uint32_t sf) {
     const uint32_t stride = 4 * args.common.shape.num_ranks * args.common.shape.num_max_tokens;
     const uint32_t group = vec / kLanesPerGroup;
-    const bool has_sf = kFp8 && lane_index() % kLanesPerGroup == 0, is_ue8m0 = args.sf_format == kSfUe8m0;
+    const bool is_ue8m0 = args.sf_format == kSfUe8m0;
     const uint32_t sf_at = is_ue8m0 ? group / 4 * stride + group % 4 : group * stride;
     rows.for_each([&](uint8_t* row, uint8_t* row_sf) {
         reinterpret_cast<Vec16*>(row)[vec] = value;
-        if (!has_sf) return;
+        if (!has_sf<kFp8>()) return;
         if (is_ue8m0) {
             row_sf[sf_at] = static_cast<uint8_t>(sf);
         } else {
@@ -169,9 +169,9 @@ __device__ void keep_tokens(const LlDispatchArgs& args, const Range& range, Outg
     const uint32_t place = threadIdx.x / kMostChoices, k = threadIdx.x % kMostChoices, token = range.begin + place;
     if (token < range.end && k < shape.num_topk) {
         const Stay stay = stays[place][k];
-        const uint64_t slot = static_cast<uint64_t>(shape.rank) * shape.num_max_tokens + token;
+        const Item item(shape, shape.rank, token);
         const uint32_t first = stay.expert < 0 ? 0 : first_row(shape, table, shape.rank, stay.expert);
-        const uint2 at = keep_route(args, slot, token, k, stay.expert, first + stay.position, 0);
+        const uint2 at = keep_route(args, item.slot, token, k, stay.expert, first + stay.position, 0);
         if (stay.expert >= 0) {
             const uint32_t index = atomicAdd(&to[place].count, 1);
             to[place].row[index] = row_of<kFp8>(args, at.x);

@@ -218,7 +218,6 @@ __device__ __forceinline__ void push_row(const LlDispatchArgs& args, const LlCal
 #pragma unroll 1
     for (uint32_t unit = threadIdx.x; warp_begins_before(unit, num_vecs); unit += kParts * kLlThreads) {
         if (unit != threadIdx.x) cast_unit(args, load_unit<kFp8>(args, item.token, unit), out);
-        const bool has_sf = kFp8 && lane_index() % kLanesPerGroup == 0;
 #pragma unroll
         for (uint32_t part = 0; part < kParts; ++part) out.v[part] = to_wire(out.v[part]);
 #pragma unroll 1
@@ -230,7 +229,7 @@ __device__ __forceinline__ void push_row(const LlDispatchArgs& args, const LlCal
                 if (vec < num_vecs) store_b128(reinterpret_cast<Vec16*>(to) + vec, out.v[part]);
             }
             uint32_t* sf = reinterpret_cast<uint32_t*>(to + shape.hidden) + unit / kLanesPerGroup;
-            if (has_sf && unit < num_vecs) store_relaxed_sys(sf, to_wire(out.sf));
+            if (has_sf<kFp8>() && unit < num_vecs) store_relaxed_sys(sf, to_wire(out.sf));
         }
     }
 }

@@ -68,6 +68,12 @@ __device__ __forceinline__ float largest_bf16(const Vec16 (&v)[2]) {
 
 constexpr uint32_t kLanesPerGroup = kGroupSize / 16;
 
+// Whether the lane stores the scale factor of its group of channels.
+template <bool kFp8>
+__device__ __forceinline__ bool has_sf() {
+    return kFp8 && lane_index() % kLanesPerGroup == 0;
+}
+
 // By all lanes of a warp, some of which may hold nothing of the row.
 __device__ __forceinline__ void cast_unit(const LlDispatchArgs& args, const Held& held, Outgoing<true>& out) {
     const float amax = __uint_as_float(lanes_max<kLanesPerGroup>(__float_as_uint(largest_bf16(held.v))));
@@ -94,12 +100,12 @@ __device__ __forceinline__ void cast_unit(const LlDispatchArgs&, const Held& hel
 __device__ __forceinline__ void store_unit(const LlDispatchArgs& args, const Outgoing<true>& out, uint32_t unit,
                                            const Targets& to) {
     const uint32_t group = unit / kLanesPerGroup;
-    const bool has_sf = lane_index() % kLanesPerGroup == 0, is_ue8m0 = args.sf_format == kSfUe8m0;
+    const bool is_ue8m0 = args.sf_format == kSfUe8m0;
     const uint32_t sf_at = is_ue8m0 ? group / 4 * to.sf_stride + group % 4 : group * to.sf_stride;
     for (uint32_t d = 0; d < to.count; ++d) {
         reinterpret_cast<Vec16*>(to.row[d])[unit] = out.v[0];
-        if (has_sf && is_ue8m0) to.sf[d][sf_at] = static_cast<uint8_t>(out.sf);
-        if (has_sf && !is_ue8m0) *reinterpret_cast<uint32_t*>(to.sf[d] + sf_at) = out.sf;
+        if (has_sf<true>() && is_ue8m0) to.sf[d][sf_at] = static_cast<uint8_t>(out.sf);
+        if (has_sf<true>() && !is_ue8m0) *reinterpret_cast<uint32_t*>(to.sf[d] + sf_at) = out.sf;
     }
 }
 
@@ -118,7 +124,7 @@ __device__ __forceinline__ void store_unit(const LlDispatchArgs& args, const Out
 template <bool kFp8>
 __device__ __forceinline__ void store_row(const LlDispatchArgs& args, uint32_t token, Outgoing<kFp8> out,
                                           const Targets& to) {
-    const uint32_t units = args.common.shape.hidden / (kFp8 ? 16 : 8), stride = kFp8 ? kLlThreads : 2 * kLlThreads;
+    const uint32_t units = vecs_of<kFp8>(args.common.shape), stride = kFp8 ? kLlThreads : 2 * kLlThreads;
     for (uint32_t unit = threadIdx.x; warp_begins_before(unit, units); unit += stride) {
         if (unit != threadIdx.x) cast_unit(args, load_unit<kFp8>(args, token, unit), out);
         if (unit < units) store_unit(args, out, unit, to);

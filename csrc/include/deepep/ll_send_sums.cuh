@@ -85,20 +85,13 @@ __device__ void push_copies(const LlCombineArgs& args, const LlCall& call, const
 // before they are waited for.
 __device__ void push_part(const LlCombineArgs& args, const LlCall& call, const Team& team, const Item& debt,
                           bool awaits_weights, uint32_t part, uint32_t parts, Terms& terms) {
-    const uint32_t row_vecs = args.common.shape.hidden / Bf16::kPerVec;
-    const Bits owes = terms.owed();
     Vec16* out = home_slot(args, call, debt, args.common.shape.rank);
-    for (uint32_t base = part * team.threads; base < row_vecs; base += parts * team.threads) {
-        const Place<1> place(team.thread, team.threads, base, row_vecs);
-        Vec16 sum[1];
-        sum_rows(args, terms, owes, place.vec, sum, [&] {
-            if (!awaits_weights) return;
-            await_weights(args, call, team, debt, terms);
-            team.sync();
-            awaits_weights = false;
-        });
-        if (place.is_inside[0]) store_b128(out + place.vec[0], to_wire(sum[0]));
-    }
+    put_part<1, true>(args, terms, team.thread, team.threads, part, parts, out, [&] {
+        if (!awaits_weights) return;
+        await_weights(args, call, team, debt, terms);
+        team.sync();
+        awaits_weights = false;
+    });
 }
 
 // Push all rows in parts, or, per copy, as they are. `choice` is of the team's first debt.

@@ -21,11 +21,10 @@ struct Terms {
     __device__ Bits owed() const { return bits_of(owes); }
 };
 
-// All of the team's threads that may have a position call it: keep whether theirs counts.
-__device__ __forceinline__ void set_valid(const Team& team, bool is_valid, Terms& terms) {
-    if (team.thread >= kMostChoices) return;
-    const uint32_t bits = __ballot_sync(kFullMask, is_valid);
-    if (lane_index() == 0) terms.valid[team.thread / kWarpSize] = bits;
+// By the team's threads that may have a position: keep for which ones it is so.
+__device__ __forceinline__ void set_bits(const Team& team, bool is_so, uint32_t (&words)[kWords]) {
+    const uint32_t bits = __ballot_sync(kFullMask, is_so);
+    if (lane_index() == 0) words[team.thread / kWarpSize] = bits;
 }
 
 // Where a thread's vectors of a row are; the last ones may reach beyond the end, then they are the last vector again.
@@ -123,9 +122,8 @@ __device__ void list_terms(const Team& team, Weights from, Choice choice, Terms&
     if (from == Weights::kOwn && choice.left_out < 0) choice.weight = kSkippedWeight;
     terms.row[k] = choice.row;
     terms.weight[k] = __uint_as_float(choice.weight);
-    const uint32_t owes = __ballot_sync(kFullMask, choice.row >= 0);
-    if (lane_index() == 0) terms.owes[k / kWarpSize] = owes;
-    set_valid(team, choice.row >= 0 && choice.weight != kSkippedWeight, terms);
+    set_bits(team, choice.row >= 0, terms.owes);
+    set_bits(team, choice.row >= 0 && choice.weight != kSkippedWeight, terms.valid);
 }
 
 // By the first threads of a team: wait for a token's weights, which its home sends only now.
@@ -139,7 +137,7 @@ __device__ void await_weights(const LlCombineArgs& args, const LlCall& call, con
         if (!call.wait(item.source, word, weight, true)) weight = kSkippedWeight;
     }
     terms.weight[k] = __uint_as_float(weight);
-    set_valid(team, weight != kSkippedWeight, terms);
+    set_bits(team, weight != kSkippedWeight, terms.valid);
 }
 
 // By a whole warp.
@@ -188,18 +186,18 @@ __device__ __forceinline__ void sum_rows(const LlCombineArgs& args, const Terms&
     }
 }
 
-// By a team's workers: write a token's weighted sum to `out`, a slot of its home (kIsSent) or shared memory.
-template <bool kIsSent, typename Ready>
-__device__ void put_sum(const LlCombineArgs& args, const Team& team, const Terms& terms, Vec16* out, Ready ready) {
-    const uint32_t row_vecs = args.common.shape.hidden / Bf16::kPerVec;
-    const uint32_t thread = team.thread - kMostChoices, num_threads = team.threads - kMostChoices;
+// Write the `part`th of `parts` of a token's weighted sum to `out`, a slot of its home (kIsSent) or shared memory.
+template <uint32_t kVecs, bool kIsSent, typename Ready>
+__device__ void put_part(const LlCombineArgs& args, const Terms& terms, uint32_t thread, uint32_t num_threads,
+                         uint32_t part, uint32_t parts, Vec16* out, Ready ready) {
+    const uint32_t row_vecs = args.common.shape.hidden / Bf16::kPerVec, step = kVecs * num_threads;
     const Bits owes = terms.owed();
-    for (uint32_t base = 0; base < row_vecs; base += kVecsAtOnce * num_threads) {
-        const Place<kVecsAtOnce> place(thread, num_threads, base, row_vecs);
-        Vec16 sum[kVecsAtOnce];
+    for (uint32_t base = part * step; base < row_vecs; base += parts * step) {
+        const Place<kVecs> place(thread, num_threads, base, row_vecs);
+        Vec16 sum[kVecs];
         sum_rows(args, terms, owes, place.vec, sum, ready);
 #pragma unroll
-        for (uint32_t i = 0; i < kVecsAtOnce; ++i) {
+        for (uint32_t i = 0; i < kVecs; ++i) {
             if (!place.is_inside[i]) continue;
             if constexpr (kIsSent) {
                 store_b128(out + place.vec[i], to_wire(sum[i]));
@@ -208,6 +206,13 @@ __device__ void put_sum(const LlCombineArgs& args, const Team& team, const Terms
             }
         }
     }
+}
+
+// The same of all of it, by a team's workers.
+template <bool kIsSent, typename Ready>
+__device__ void put_sum(const LlCombineArgs& args, const Team& team, const Terms& terms, Vec16* out, Ready ready) {
+    const uint32_t thread = team.thread - kMostChoices, num_threads = team.threads - kMostChoices;
+    put_part<kVecsAtOnce, kIsSent>(args, terms, thread, num_threads, 0, 1, out, ready);
 }
 
 }  // namespace deepep
