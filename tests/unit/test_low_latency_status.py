@@ -62,6 +62,15 @@ def test_an_index_out_of_range_is_said_once() -> None:
     low_latency._check_status()
 
 
+def test_a_lost_rank_is_named_after_an_index_out_of_range() -> None:
+    low_latency = make(enable_shrink=False)
+    low_latency._status.host[[0, 1 + 1, 1 + NUM_RANKS]] = ll_structs.BAD_INDEX, 1, 77
+    with pytest.raises(InvalidArgument, match="expert 77"):
+        low_latency._check_status()
+    with pytest.raises(CommTimeout):
+        low_latency._check_status()
+
+
 def test_a_rank_taken_back_is_named_until_windows_are_clean() -> None:
     low_latency = make(enable_shrink=True)
     stale = low_latency._per_rank(LlState.is_stale.offset)

@@ -83,11 +83,13 @@ struct LlCall {
         const bool is_sending = (args.phases & kLlSend) != 0, is_publisher = is_sending && is_last_block();
         const uint64_t* word = pointer<const uint64_t>(args.own_base + credits) + rank;
         const uint64_t peer = load_relaxed_gpu(pointer<const uint64_t>(args.peer_table) + rank);
-        uint32_t mask = load_relaxed_gpu(&state->mask[rank]);
+        // In this order: a launch beside this one that gives up sets the mask first.
         const uint32_t is_stale = load_relaxed_gpu(&state->is_stale[rank]);
+        uint32_t mask = load_relaxed_gpu(&state->mask[rank]);
         static_assert(kLlBanks == 2, "of each bank: what this rank is told, and what it has to tell");
         const uint64_t seen = load_relaxed_sys(word), seen_next = load_relaxed_sys(word + args.window.bank_stride / 8);
-        const Uses uses[kLlBanks] = {load_uses(0), load_uses(1)};
+        Uses uses[kLlBanks] = {};
+        if (is_publisher) uses[0] = load_uses(0), uses[1] = load_uses(1);
         const uint32_t now = load_epoch(call_epoch);
         const uint64_t credit = now % kLlBanks == 0 ? seen : seen_next;
         if (mask != 0) {
@@ -147,17 +149,23 @@ struct LlCall {
     }
 
     __device__ void announce_readers() const {
-        state->read_epoch[op][epoch % kLlBanks] = epoch;
+        // First that there are readers, then of what: a launch beside this one may look at both.
         atomicAdd(&state->num_readers[op][epoch % kLlBanks], gridDim.x);
+        state->read_epoch[op][epoch % kLlBanks] = epoch;
     }
 
-    // By each thread for one rank: wait until it is through with what the bank of epoch `now` held before.
+    // By each thread for one rank: wait until it is through with what the bank of epoch `now` held before. Others wait for
+    // this rank meanwhile, so only half of the time; then there is all of it again for the ranks that are left.
     __device__ void await_credit(uint32_t rank, uint32_t now, const uint64_t* word, uint32_t last) const {
         constexpr uint32_t kSpinsPerCheck = 64;
         if (now <= kLlBanks) return;
-        const uint64_t deadline = global_timer_ns() + args.timeout_ns;
+        const uint64_t deadline = global_timer_ns() + args.timeout_ns / 2;
         for (uint32_t spin = 1; static_cast<int32_t>(last + kLlBanks - now) < 0; ++spin) {
-            if (spin % kSpinsPerCheck == 0 && gives_up(args, shared, op, rank, deadline)) return;
+            if (spin % kSpinsPerCheck == 0 && gives_up(args, shared, op, rank, deadline)) {
+                atomicMax(reinterpret_cast<unsigned long long*>(&shared.deadline),
+                          static_cast<unsigned long long>(global_timer_ns() + args.timeout_ns));
+                return;
+            }
             last = static_cast<uint32_t>(load_relaxed_sys(word) >> 32);
         }
     }
@@ -221,8 +229,8 @@ struct LlCall {
         LlState* state = pointer<LlState>(args.own_base + args.window.state);
         volatile uint32_t* lasting = &state->mask[rank];
         if (global_timer_ns() < deadline && *lasting == 0) return false;
-        state->is_stale[rank] = 1;
         *mask = *lasting = 1;
+        *(volatile uint32_t*)&state->is_stale[rank] = 1;
         if (!args.is_shrinkable) tell_host(args, op + 1, rank, 1);
         return true;
     }

@@ -16,8 +16,8 @@ struct LlState {
     uint32_t num_read[2][2];     // blocks that have done so: once both agree, the bank is free
     uint32_t mask[kLlMaxRanks];
     uint32_t is_stale[kLlMaxRanks];  // since a rank was masked, what it sent may lie where nobody took it
-    uint64_t num_barriers;
-    uint64_t last_barrier[kLlMaxRanks];  // what each rank's word was when the last barrier ended
+    uint64_t num_barriers;      // that this rank has begun
+    uint32_t met[kLlMaxRanks];  // number of each rank at the last barrier passed with it, as it counts
 };
 
 // A block reads the count before it adds its share, so all blocks of a launch read the same whole number.

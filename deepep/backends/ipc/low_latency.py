@@ -159,7 +159,8 @@ class LowLatency:
             raise BufferDestroyed("low_latency: this buffer was destroyed; build a new one")
         if status[0] == ll_structs.BAD_INDEX:
             index = ctypes.c_int32(int(status[1 + self._group.num_ranks])).value
-            status[0] = 0
+            # The same kernels may have lost a rank, too; the next call says so.
+            status[0] = 1 if status[1 : 1 + self._group.num_ranks].any() else 0
             raise InvalidArgument(f"low_latency_dispatch: expert {index} is out of range (found on the device)")
         if status[0] == ll_structs.NOT_CLEANED:
             status[: 1 + self._group.num_ranks] = 0
@@ -203,9 +204,11 @@ class LowLatency:
         is_first = self._engine is None
         if division.num_bytes > self._memory.num_bytes:
             torch.cuda.current_stream().synchronize()
+            mask = self._mask().clone()
             grown = SymmetricMemory(self._group, division.num_bytes, self._device, self._options.timeout)
             self._memory.close()
             self._memory, is_first = grown, True
+            self._mask().copy_(mask)
         self._engine = engine = self._make_engine(shape, division)
         if not is_first:
             self._clean(engine)
