@@ -162,26 +162,21 @@ __device__ void forget_token(const LlDispatchArgs& args, const Item& item, uint3
 // thread's part of the last token; the others are cast once more.
 template <bool kFp8>
 __device__ void keep_tokens(const LlDispatchArgs& args, const Range& range, Outgoing<kFp8> out, const uint32_t* table,
-                            const Stay (*stays)[kMostChoices], Targets* to) {
+                            const Stay (*stays)[kMostChoices], Rows* kept) {
     const LlShape& shape = args.common.shape;
     Held held;
     if (range.end - range.begin > 1) held = load_unit<kFp8>(args, range.end - 2, threadIdx.x);
     const uint32_t place = threadIdx.x / kMostChoices, k = threadIdx.x % kMostChoices, token = range.begin + place;
-    if (token < range.end && k < shape.num_topk) {
-        const Stay stay = stays[place][k];
-        const Item item(shape, shape.rank, token);
-        const uint32_t first = stay.expert < 0 ? 0 : first_row(shape, table, shape.rank, stay.expert);
-        const uint2 at = keep_route(args, item.slot, token, k, stay.expert, first + stay.position, 0);
-        if (stay.expert >= 0) {
-            const uint32_t index = atomicAdd(&to[place].count, 1);
-            to[place].row[index] = row_of<kFp8>(args, at.x);
-            to[place].sf[index] = pointer<uint8_t>(args.recv_sf) + uint64_t{at.y} * 4;
-            to[place].sf_stride = 4 * shape.num_ranks * shape.num_max_tokens;
-        }
+    if (token < range.end) {
+        const Stay stay = k < shape.num_topk ? stays[place][k] : Stay{-1, 0};
+        const Vec16 choice = {{static_cast<uint32_t>(stay.expert), stay.position, 0, 0}};
+        list_rows<kFp8>(args, Item(shape, shape.rank, token), choice, table, k, kept[place]);
     }
     __syncthreads();
     for (uint32_t own = range.end; own-- > range.begin;) {
-        if (to[own - range.begin].count != 0) store_row<kFp8>(args, own, out, to[own - range.begin]);
+        for_each_vec<kFp8>(args, own, out, [&](uint32_t vec, const Vec16& value, uint32_t sf) {
+            store_vec<kFp8>(args, kept[own - range.begin], vec, value, sf);
+        });
         if (own == range.begin) return;
         cast_unit(args, held, out);
         if (own - 1 != range.begin) held = load_unit<kFp8>(args, own - 2, threadIdx.x);

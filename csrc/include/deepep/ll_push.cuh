@@ -211,27 +211,18 @@ __device__ void push_choices(const LlDispatchArgs& args, const LlCall& call, con
 template <bool kFp8>
 __device__ __forceinline__ void push_row(const LlDispatchArgs& args, const LlCall& call, const Item& item,
                                          Outgoing<kFp8> out, Bits ranks) {
-    constexpr uint32_t kParts = kFp8 ? 1 : 2;
     const LlShape& shape = args.common.shape;
-    const uint32_t num_vecs = vecs_of<kFp8>(shape);
     const uint64_t slot = slot_of(shape, args.common.window, item.slot) + call.bank();
-#pragma unroll 1
-    for (uint32_t unit = threadIdx.x; warp_begins_before(unit, num_vecs); unit += kParts * kLlThreads) {
-        if (unit != threadIdx.x) cast_unit(args, load_unit<kFp8>(args, item.token, unit), out);
-#pragma unroll
-        for (uint32_t part = 0; part < kParts; ++part) out.v[part] = to_wire(out.v[part]);
+    for_each_vec<kFp8>(args, item.token, out, [&](uint32_t vec, const Vec16& value, uint32_t value_sf) {
+        const Vec16 sent = to_wire(value);
 #pragma unroll 1
         for (Bits left = ranks; left != 0;) {
             uint8_t* to = call.transport.peer_ptr(static_cast<int32_t>(pop_bit(left)), slot);
-#pragma unroll
-            for (uint32_t part = 0; part < kParts; ++part) {
-                const uint32_t vec = unit + part * kLlThreads;
-                if (vec < num_vecs) store_b128(reinterpret_cast<Vec16*>(to) + vec, out.v[part]);
-            }
-            uint32_t* sf = reinterpret_cast<uint32_t*>(to + shape.hidden) + unit / kLanesPerGroup;
-            if (has_sf<kFp8>() && unit < num_vecs) store_relaxed_sys(sf, to_wire(out.sf));
+            store_b128(reinterpret_cast<Vec16*>(to) + vec, sent);
+            if (!has_sf<kFp8>()) continue;
+            store_relaxed_sys(reinterpret_cast<uint32_t*>(to + shape.hidden) + vec / kLanesPerGroup, to_wire(value_sf));
         }
-    }
+    });
 }
 
 // `table` holds how often the tokens before the range choose each expert; `held` and `choices` are of the first token.

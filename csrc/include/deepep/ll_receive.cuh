@@ -11,7 +11,7 @@ template <bool kFp8>
 __device__ void receive(const LlDispatchArgs& args, const LlCall& call, const Range& range, const Outgoing<kFp8>& last,
                         uint32_t* table, const Stay (*stays)[kMostChoices], Arrivals& from) {
     __shared__ Rows listed[kLlMaxTeams][2];
-    __shared__ Targets kept[kKeptTokens];
+    __shared__ Rows kept[kKeptTokens];
     const LlShape& shape = args.common.shape;
     const Sources sources(shape, stays != nullptr);
     const Team team(args.common.team_threads);
@@ -25,7 +25,6 @@ __device__ void receive(const LlDispatchArgs& args, const LlCall& call, const Ra
         await_counts(args, call, threadIdx.x + kLlThreads, table, from);
         __syncthreads();
     } else {
-        if (threadIdx.x < kKeptTokens) kept[threadIdx.x].count = 0;
         await_counts(args, call, threadIdx.x, table, from);
         __syncthreads();
         keep_tokens<kFp8>(args, range, last, table, stays, kept);

@@ -1,5 +1,4 @@
-// Rows of low-latency dispatch on their way out of a block: loaded, cast to FP8 where asked for, stored to several
-// places.
+// Rows of low-latency dispatch on their way out of a block: loaded, and cast to FP8 where asked for.
 #pragma once
 
 #include <deepep/ll_wire.cuh>
@@ -9,14 +8,6 @@ namespace deepep {
 
 constexpr int kAddressWarp = kLlThreads / kWarpSize - 1;  // the one with the least of a row to cast
 constexpr uint32_t kKeptTokens = 4;  // a block sends at most, where rows that stay here skip the window
-
-// Where a row goes that stays on its rank: rows of several local experts.
-struct Targets {
-    uint32_t count;
-    uint32_t sf_stride;  // bytes from one word of scale factors to the next
-    uint8_t* row[kMostChoices];
-    uint8_t* sf[kMostChoices];
-};
 
 // Vectors of a row as it is dispatched.
 template <bool kFp8>
@@ -97,37 +88,20 @@ __device__ __forceinline__ void cast_unit(const LlDispatchArgs&, const Held& hel
     out.v[1] = from_wire(to_wire(held.v[1]));
 }
 
-__device__ __forceinline__ void store_unit(const LlDispatchArgs& args, const Outgoing<true>& out, uint32_t unit,
-                                           const Targets& to) {
-    const uint32_t group = unit / kLanesPerGroup;
-    const bool is_ue8m0 = args.sf_format == kSfUe8m0;
-    const uint32_t sf_at = is_ue8m0 ? group / 4 * to.sf_stride + group % 4 : group * to.sf_stride;
-    for (uint32_t d = 0; d < to.count; ++d) {
-        reinterpret_cast<Vec16*>(to.row[d])[unit] = out.v[0];
-        if (has_sf<true>() && is_ue8m0) to.sf[d][sf_at] = static_cast<uint8_t>(out.sf);
-        if (has_sf<true>() && !is_ue8m0) *reinterpret_cast<uint32_t*>(to.sf[d] + sf_at) = out.sf;
-    }
-}
-
-__device__ __forceinline__ void store_unit(const LlDispatchArgs& args, const Outgoing<false>& out, uint32_t unit,
-                                           const Targets& to) {
-    const uint32_t num_vecs = args.common.shape.hidden / Bf16::kPerVec;
-    const bool has_second = held_index<false>(unit, 1) < num_vecs;
-    for (uint32_t d = 0; d < to.count; ++d) {
-        Vec16* row = reinterpret_cast<Vec16*>(to.row[d]);
-        row[unit] = out.v[0];
-        if (has_second) row[held_index<false>(unit, 1)] = out.v[1];
-    }
-}
-
-// By the whole block: the rest of a row, `out` being a thread's first part of it.
-template <bool kFp8>
-__device__ __forceinline__ void store_row(const LlDispatchArgs& args, uint32_t token, Outgoing<kFp8> out,
-                                          const Targets& to) {
-    const uint32_t units = vecs_of<kFp8>(args.common.shape), stride = kFp8 ? kLlThreads : 2 * kLlThreads;
-    for (uint32_t unit = threadIdx.x; warp_begins_before(unit, units); unit += stride) {
+// By the whole block: visit every vector of a row that a thread holds, with its scale factor, `out` being its first part.
+template <bool kFp8, typename Visit>
+__device__ __forceinline__ void for_each_vec(const LlDispatchArgs& args, uint32_t token, Outgoing<kFp8> out,
+                                             Visit visit) {
+    constexpr uint32_t kParts = kFp8 ? 1 : 2;
+    const uint32_t num_vecs = vecs_of<kFp8>(args.common.shape);
+#pragma unroll 1
+    for (uint32_t unit = threadIdx.x; warp_begins_before(unit, num_vecs); unit += kParts * kLlThreads) {
         if (unit != threadIdx.x) cast_unit(args, load_unit<kFp8>(args, token, unit), out);
-        if (unit < units) store_unit(args, out, unit, to);
+#pragma unroll
+        for (uint32_t part = 0; part < kParts; ++part) {
+            const uint32_t vec = unit + part * kLlThreads;
+            if (vec < num_vecs) visit(vec, out.v[part], out.sf);
+        }
     }
 }
 
