@@ -105,13 +105,11 @@ __device__ void await_token(const LlDispatchArgs& args, const LlCall& call, cons
             arrival.look(common.shape, call.epoch, team);
             waits_for_token = arrival.missing != 0;
             if (waits_for_token) {
-                const bool is_absent = static_cast<uint32_t>(seen_absent >> 32) == call.epoch;
-                const bool has_header = static_cast<uint32_t>(seen_header >> 32) == call.epoch;
                 const bool is_beyond = item.token >= tokens_of(static_cast<uint32_t>(seen_header));
-                waits_for_token = !is_absent && !(has_header && is_beyond);
+                waits_for_token = !call.is_current(seen_absent) && !(call.is_current(seen_header) && is_beyond);
             }
         }
-        if (waits_for_word && static_cast<uint32_t>(seen >> 32) == call.epoch) {
+        if (waits_for_word && call.is_current(seen)) {
             waits_for_word = false;
             value = static_cast<uint32_t>(seen);
             if (common.wait_stats != 0) call.note_wait(announced.rank, start);

@@ -193,21 +193,19 @@ struct LlCall {
         transport.signal(rank, offset + bank() + 8 * index, ll_word(epoch, value));
     }
 
-    // A word of this epoch, if it is there.
-    __device__ bool peek(const uint64_t* word, uint32_t& value) const {
-        const uint64_t seen = load_relaxed_sys(word);
-        value = static_cast<uint32_t>(seen);
-        return static_cast<uint32_t>(seen >> 32) == epoch;
-    }
+    // Whether a word that was looked at is of this epoch.
+    __device__ bool is_current(uint64_t seen) const { return static_cast<uint32_t>(seen >> 32) == epoch; }
 
     // Wait for a word of this epoch that `rank` writes. False if the rank is masked or did not arrive in time.
     // A rank that others wait for waits no longer than half of the time itself (`is_early`).
     __device__ bool wait(uint32_t rank, const uint64_t* word, uint32_t& value, bool is_early = false) const {
         constexpr uint32_t kSpinsPerCheck = 64;
         const uint64_t start = args.wait_stats != 0 ? global_timer_ns() : 0;
-        for (uint32_t spin = 1; !peek(word, value); ++spin) {
+        uint64_t seen = load_relaxed_sys(word);
+        for (uint32_t spin = 1; !is_current(seen); ++spin, seen = load_relaxed_sys(word)) {
             if (spin % kSpinsPerCheck == 0 && has_given_up(rank, is_early)) return false;
         }
+        value = static_cast<uint32_t>(seen);
         if (args.wait_stats != 0) note_wait(rank, start);
         return true;
     }
