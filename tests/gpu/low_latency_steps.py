@@ -163,8 +163,11 @@ def shrink(group: Any, leave_before: str) -> str:
     return "went on"
 
 
-def take_back(group: Any) -> str:
-    """A rank that was masked and is taken back in is left out until all ranks have cleaned their windows."""
+def take_back(group: Any, is_cleaned_without: bool) -> str:
+    """A rank that was masked and is taken back in is left out until all ranks have cleaned their windows.
+
+    That the others did, with it masked, is not enough.
+    """
     back = group.size() - 1
     decoder = Decoder(group, enable_shrink=True)
     decoder.draw(1)
@@ -174,6 +177,8 @@ def take_back(group: Any) -> str:
     if decoder.rank != back:
         decoder.buffer.low_latency_update_mask_buffer(back, mask=True)
         assert torch.equal(decoder.step(), decoder.expected(gone=(back,)))
+        if is_cleaned_without:
+            decoder.buffer.clean_low_latency_buffer(MAX_TOKENS, HIDDEN, decoder.num_experts)
         decoder.buffer.low_latency_update_mask_buffer(back, mask=False)
         decoder.buffer.low_latency_dispatch(decoder.x, decoder.topk_idx, MAX_TOKENS, decoder.num_experts)
         torch.cuda.synchronize()
@@ -184,6 +189,33 @@ def take_back(group: Any) -> str:
     for seed in range(5):
         decoder.draw(seed)
         assert torch.equal(decoder.step(), decoder.expected()), f"seed {seed}"
+    decoder.buffer.destroy()
+    return "took it back"
+
+
+def clean_alone(group: Any) -> str:
+    """A rank that cleaned alone is taken back: the barriers that it began then are no answer to those of all ranks."""
+    alone = group.size() - 1
+    decoder = Decoder(group, timeout=1.0, enable_shrink=True)
+    decoder.draw(1)
+    assert torch.equal(decoder.step(), decoder.expected())
+    torch.cuda.synchronize()
+    dist.barrier(group)
+    if decoder.rank == alone:
+        decoder.buffer.clean_low_latency_buffer(MAX_TOKENS, HIDDEN, decoder.num_experts)
+        torch.cuda.synchronize()
+        status = torch.zeros(decoder.num_ranks, dtype=torch.int32, device="cuda")
+        decoder.buffer.low_latency_query_mask_buffer(status)
+        assert status.tolist() == [int(rank != alone) for rank in range(decoder.num_ranks)], status.tolist()
+    dist.barrier(group)
+    decoder.buffer.low_latency_clean_mask_buffer()
+    for seed in range(5):
+        if decoder.rank == alone:  # the others are not to go on before it has cleaned, too
+            time.sleep(0.2)
+        decoder.buffer.clean_low_latency_buffer(MAX_TOKENS, HIDDEN, decoder.num_experts)
+        decoder.draw(seed)
+        assert torch.equal(decoder.step(), decoder.expected()), f"seed {seed}"
+    dist.barrier(group)
     decoder.buffer.destroy()
     return "took it back"
 

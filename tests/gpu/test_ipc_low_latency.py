@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from low_latency_steps import (
+    clean_alone,
     lose_without_masks,
     mix_calls,
     pass_on_any_bits,
@@ -45,8 +46,14 @@ def test_rows_may_hold_any_bits(num_ranks: int) -> None:
     assert spawn(pass_on_any_bits, num_ranks, device="cuda", timeout=100) == [0] * num_ranks
 
 
-def test_a_rank_that_is_taken_back_waits_for_clean_windows() -> None:
-    assert spawn(take_back, 3, device="cuda", timeout=100) == ["took it back"] * 3
+@pytest.mark.parametrize("is_cleaned_without", [False, True])
+def test_a_rank_that_is_taken_back_waits_for_clean_windows(is_cleaned_without: bool) -> None:
+    assert spawn(take_back, 3, is_cleaned_without, device="cuda", timeout=100) == ["took it back"] * 3
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_a_rank_that_cleaned_alone_is_taken_back(num_ranks: int) -> None:
+    assert spawn(clean_alone, num_ranks, device="cuda", timeout=100) == ["took it back"] * num_ranks
 
 
 @pytest.mark.parametrize("leave_before", ["dispatch", "combine", "clean"])
