@@ -8,8 +8,8 @@ namespace deepep {
 
 constexpr uint32_t kPartsAtOnce = 2;  // vectors of a row per thread, a team apart
 
-// A thread's part of a token on its way here: vectors and, by the first lane of each group, their scale factors; choice
-// `team.thread` comes with the first part.
+// A thread's part of a token on its way here: vectors and their scale factors; choice `team.thread` comes with the first
+// part.
 template <bool kFp8>
 struct Arrival {
     static constexpr uint32_t kChoiceBit = 2 * kPartsAtOnce;
@@ -31,7 +31,7 @@ struct Arrival {
         for (uint32_t i = 0; i < kPartsAtOnce; ++i) {
             if (first + i * team.threads >= vecs_of<kFp8>(shape)) continue;
             missing |= 1u << i;
-            if (has_sf<kFp8>()) missing |= 1u << (kPartsAtOnce + i);
+            if (kFp8) missing |= 1u << (kPartsAtOnce + i);
         }
     }
 

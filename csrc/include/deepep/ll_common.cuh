@@ -220,7 +220,7 @@ struct LlCall {
 
     // Whether a rank is given up on, which is then masked and, unless ranks may leave, reported to the host. Every later
     // wait for it is over at once. Out of line: waits are everywhere, and this is not to stand between them.
-    __device__ __noinline__ static bool gives_up(const LlCommon& args, LlShared& shared, LlOp op, uint32_t rank,
+    __device__ __forceinline__ static bool gives_up(const LlCommon& args, LlShared& shared, LlOp op, uint32_t rank,
                                                  uint64_t deadline) {
         volatile uint32_t* mask = &shared.mask[rank];
         if (*mask != 0) return true;

@@ -83,13 +83,14 @@ struct Rows {
     uint8_t* row[kMostChoices];
     uint8_t* sf[kMostChoices];
 
+    // Every `step`th one from `first` on.
     template <typename Visit>
-    __device__ __forceinline__ void for_each(Visit visit) const {
+    __device__ __forceinline__ void for_each(uint32_t first, uint32_t step, Visit visit) const {
 #pragma unroll
         for (uint32_t w = 0; w < kWords; ++w) {
             const uint32_t end = w * kWarpSize + count[w];
 #pragma unroll 1
-            for (uint32_t i = w * kWarpSize; i < end; ++i) visit(row[i], sf[i]);
+            for (uint32_t i = w * kWarpSize + first; i < end; i += step) visit(i);
         }
     }
 };
@@ -134,7 +135,8 @@ __device__ void list_rows(const LlDispatchArgs& args, const Item& item, const Ve
     rows.sf[place] = pointer<uint8_t>(args.recv_sf) + uint64_t{at.y} * 4;
 }
 
-// By a thread: its vector of a row, to all of the token's rows, and by the first lane of each group its scale factor.
+// By a thread: its vector of a row, to all of the token's rows. The lanes of a group share its scale factor, and the rows
+// that it goes to: each of these words is in a sector of its own.
 template <bool kFp8>
 __device__ __forceinline__ void store_vec(const LlDispatchArgs& args, const Rows& rows, uint32_t vec,
                                           const Vec16& value, uint32_t sf) {
@@ -142,13 +144,13 @@ __device__ __forceinline__ void store_vec(const LlDispatchArgs& args, const Rows
     const uint32_t group = vec / kLanesPerGroup;
     const bool is_ue8m0 = args.sf_format == kSfUe8m0;
     const uint32_t sf_at = is_ue8m0 ? group / 4 * stride + group % 4 : group * stride;
-    rows.for_each([&](uint8_t* row, uint8_t* row_sf) {
-        reinterpret_cast<Vec16*>(row)[vec] = value;
-        if (!has_sf<kFp8>()) return;
+    rows.for_each(0, 1, [&](uint32_t i) { reinterpret_cast<Vec16*>(rows.row[i])[vec] = value; });
+    if (!kFp8) return;
+    rows.for_each(lane_index() % kLanesPerGroup, kLanesPerGroup, [&](uint32_t i) {
         if (is_ue8m0) {
-            row_sf[sf_at] = static_cast<uint8_t>(sf);
+            rows.sf[i][sf_at] = static_cast<uint8_t>(sf);
         } else {
-            *reinterpret_cast<uint32_t*>(row_sf + sf_at) = sf;
+            *reinterpret_cast<uint32_t*>(rows.sf[i] + sf_at) = sf;
         }
     });
 }

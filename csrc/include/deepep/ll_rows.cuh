@@ -59,7 +59,7 @@ __device__ __forceinline__ float largest_bf16(const Vec16 (&v)[2]) {
 
 constexpr uint32_t kLanesPerGroup = kGroupSize / 16;
 
-// Whether the lane stores the scale factor of its group of channels.
+// Whether the lane sends the scale factor of its group of channels, and clears the one that came.
 template <bool kFp8>
 __device__ __forceinline__ bool has_sf() {
     return kFp8 && lane_index() % kLanesPerGroup == 0;
