@@ -1,12 +1,12 @@
-// What cleaning the low-latency part of the window takes beside zeros: barriers of all ranks that take part, and a state at
-// its beginning.
+// What cleaning the low-latency part of the window takes beside zeros: barriers of all ranks that take part, and a
+// state at its beginning.
 #include <deepep/ll_common.cuh>
 
 namespace deepep {
 namespace {
 
-// What a rank tells another one at a barrier: the number of its own, the other's number that it sees, if that is news, and
-// the other's number at the last barrier that they both passed. 0 is no number.
+// What a rank tells another one at a barrier: the number of its own, the other's number that it sees, if that is news,
+// and the other's number at the last barrier that they both passed. 0 is no number.
 struct BarrierWord {
     static constexpr uint32_t kBits = 21, kMask = (1u << kBits) - 1;
     uint32_t number, sees, met;
@@ -18,9 +18,9 @@ struct BarrierWord {
     }
 };
 
-// By one block: wait until every rank is here. It is if it sees the number of this very barrier, or has passed it already
-// and is at the next one. So a barrier that a rank once began alone is nobody's answer. tests/unit/test_low_latency_barrier.py
-// plays this through.
+// By one block: wait until every rank is here. It is if it sees the number of this very barrier, or has passed it
+// already and is at the next one. So a barrier that a rank once began alone is nobody's answer.
+// tests/unit/test_low_latency_barrier.py plays this through.
 __device__ void barrier(const LlCleanArgs& args, LlCall& call) {
     const LlShape& shape = args.common.shape;
     LlState* state = call.state;

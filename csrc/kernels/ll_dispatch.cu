@@ -1,6 +1,7 @@
 // Low-latency dispatch: push each token once to every rank of its experts, into the slot [source][token] of the
 // receiver, and lay rows out per local expert there. A block first sends its tokens, then its teams receive rows; the
-// two phases may also be two launches. All of a grid runs at once, since blocks wait for rows and counts of their own rank.
+// two phases may also be two launches. Where there are few tokens, blocks share a row. All of a grid runs at once,
+// since blocks wait for rows and counts of their own rank.
 #include <deepep/ll_receive.cuh>
 
 namespace deepep {
@@ -18,13 +19,14 @@ __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table) {
     Outgoing<kFp8> last;
     from.init();
     if (is_sending) {
-        const uint32_t num_scanned = (range.is_publisher ? common.num_tokens : range.begin) * common.shape.num_topk;
+        const uint32_t num_earlier = range.part == 0 ? range.begin : 0;
+        const uint32_t num_scanned = (range.is_publisher ? common.num_tokens : num_earlier) * common.shape.num_topk;
         const Scan scan = load_scan(args, 0, num_scanned);
         Held held;
         Choices choices;
         if (range.begin < range.end) {
             choices = load_choices(args, range.begin);
-            held = load_unit<kFp8>(args, range.begin, threadIdx.x);
+            held = load_unit<kFp8>(args, range.begin, range.first_unit);
         }
         clear(args, table);  // while the loads are on their way
         call.prepare(credits, common.call_epoch);

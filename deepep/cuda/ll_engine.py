@@ -150,6 +150,7 @@ class LowLatencyEngine:
         common.wait_stats = _pointer(request.wait_recv_cost_stats)
         common.team_threads, common.num_tokens = grid.team, num_tokens
         args.tokens_per_block, args.keeps_own = grid.tokens_per_block, grid.keeps_own
+        args.send_parts, args.recv_parts = grid.send_parts, grid.recv_parts
         kernel, kept = self._dispatch_kernel.handle, (request, recv_x, recv_sf, routing)
         finish = self._start(kernel, grid.num_blocks, self._grids.table_bytes, args, request.split_phases, kept)
         return DispatchResult(

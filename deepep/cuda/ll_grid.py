@@ -13,12 +13,18 @@ _MOST_GRIDS = 256
 
 
 class DispatchGrid(NamedTuple):
-    """How a dispatch is launched; `team` threads work on a row, `keeps_own`: rows that stay skip the window."""
+    """How a dispatch is launched.
+
+    `team` threads work on a row; `keeps_own`: rows that stay skip the window. Where there are few rows, `send_parts`
+    blocks share each that is sent, and `recv_parts` teams, of a block each, share each that is laid out.
+    """
 
     num_blocks: int
     team: int
     tokens_per_block: int
     keeps_own: bool
+    send_parts: int = 1
+    recv_parts: int = 1
 
 
 class CombineGrid(NamedTuple):
@@ -58,6 +64,7 @@ class Grids:
         self._dispatch_blocks = max(1, dispatch.blocks_per_sm(ll_structs.NUM_THREADS, self.table_bytes))
         self._combine_blocks = max(1, combine.blocks_per_sm(ll_structs.NUM_THREADS, own_bytes))
         # Kernels that wait for peers need all of their blocks to run at once, and all of the peers'.
+        self._shares_gpu = ranks_per_gpu > 1
         self._num_sms = driver.device_attribute("CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT", device) / ranks_per_gpu
         self.dispatch = functools.lru_cache(_MOST_GRIDS)(self._dispatch)
         self.combine = functools.lru_cache(_MOST_GRIDS)(self._combine)
@@ -83,11 +90,15 @@ class Grids:
         keeps_own = not split_phases and tokens * self._shape.num_ranks > most
         num_rows = tokens * max(self._shape.num_ranks - keeps_own, 1)
         team = _team(most, num_rows, row_vecs)
-        num_blocks = _num_blocks(most, tokens, num_rows, team)
+        # Ranks that share a GPU leave room for kernels that start early, rather than make more than two parts.
+        room = most // 2 if self._shares_gpu else most
+        recv_parts = max(_parts(most, num_rows, min(team // MIN_TEAM, 2)), _parts(room, num_rows, team // MIN_TEAM))
+        team //= recv_parts
+        num_blocks = _num_blocks(most, tokens, num_rows * recv_parts, MAX_TEAM if recv_parts > 1 else team)
+        send_parts = _parts(num_blocks - 1, tokens, recv_parts)
         tokens_per_block = -(-num_tokens // max(num_blocks - 1, 1))
-        return DispatchGrid(
-            num_blocks, team, tokens_per_block, keeps_own and tokens_per_block <= ll_structs.KEPT_TOKENS
-        )
+        keeps_own = keeps_own and tokens_per_block <= ll_structs.KEPT_TOKENS
+        return DispatchGrid(num_blocks, team, tokens_per_block, keeps_own, send_parts, recv_parts)
 
     def _combine(self, num_tokens: int, num_sms: int, is_per_copy: bool, split_phases: bool) -> CombineGrid:
         """Choose for a combine that brings T tokens home."""
@@ -131,6 +142,14 @@ def _team(most: int, num_rows: int, row_vecs: int = MAX_TEAM) -> int:
     while team > MIN_TEAM and (team >= 2 * row_vecs or most * (MAX_TEAM // team) < num_rows):
         team //= 2
     return team
+
+
+def _parts(room: int, num_rows: int, most_parts: int) -> int:
+    """Choose how many share a row: the most, as a power of two, for which there is room."""
+    parts = 1
+    while 2 * parts <= most_parts and 2 * parts * num_rows <= room:
+        parts *= 2
+    return parts
 
 
 def _num_blocks(most: int, tokens: int, num_items: int, team: int) -> int:

@@ -97,7 +97,7 @@ class LlDispatchArgs(ctypes.Structure):
         *_fields(
             {
                 "x topk_idx topk_weights recv_x recv_sf recv_count src_info layout_range recv_stats": ctypes.c_uint64,
-                "sf_format tokens_per_block keeps_own pad": ctypes.c_uint32,
+                "sf_format tokens_per_block keeps_own recv_parts send_parts pad": ctypes.c_uint32,
             }
         ),
     ]

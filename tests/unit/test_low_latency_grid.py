@@ -38,8 +38,24 @@ def make_grids(num_ranks: int, num_max_tokens: int, ranks_per_gpu: int = 1) -> G
     return Grids(Shape(num_ranks, 256, 8, num_max_tokens, 7168), 0, ranks_per_gpu, *kernels)
 
 
-def test_few_rows_have_a_block_each() -> None:
-    assert make_grids(2, 128).dispatch(8, 0, ROW_VECS, False) == DispatchGrid(16, MAX_TEAM, 1, keeps_own=False)
+def test_few_rows_have_a_block_each_or_several() -> None:
+    def grid(num_tokens: int, ranks_per_gpu: int = 1) -> tuple[int, ...]:
+        grid = make_grids(2, 128, ranks_per_gpu).dispatch(num_tokens, 0, ROW_VECS, False)
+        assert not grid.keeps_own
+        assert grid.tokens_per_block == 1
+        return grid.num_blocks, grid.team, grid.send_parts, grid.recv_parts
+
+    assert grid(8) == (64, MIN_TEAM, 4, 4)
+    assert grid(16) == (128, MIN_TEAM, 4, 4)
+    assert grid(17) == (68, 2 * MIN_TEAM, 2, 2)
+    assert grid(34) == (68, MAX_TEAM, 1, 1)
+    assert grid(8, 2) == (32, 2 * MIN_TEAM, 2, 2)
+    assert grid(17, 2) == (34, MAX_TEAM, 1, 1)
+
+
+def test_a_short_row_is_not_shared() -> None:
+    grid = make_grids(2, 128).dispatch(8, 0, MIN_TEAM, False)
+    assert (grid.team, grid.send_parts, grid.recv_parts) == (MIN_TEAM, 1, 1)
 
 
 def test_more_rows_than_blocks_leave_out_those_that_stay() -> None:
@@ -80,3 +96,17 @@ def test_all_blocks_run_at_once(num_tokens: int, num_ranks: int, ranks_per_gpu: 
         ):
             assert 1 <= num_blocks <= most
             assert team in (MIN_TEAM, 2 * MIN_TEAM, MAX_TEAM)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 5, 8, 16, 33, 128])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("ranks_per_gpu", [1, 2, 8])
+def test_all_parts_of_all_tokens_have_a_block(num_tokens: int, num_ranks: int, ranks_per_gpu: int) -> None:
+    grid = make_grids(num_ranks, 128, ranks_per_gpu).dispatch(num_tokens, 0, ROW_VECS, False)
+    senders = max(grid.num_blocks - 1, 1)
+    assert senders // grid.send_parts * grid.tokens_per_block >= num_tokens
+    if grid.recv_parts > 1:
+        assert not grid.keeps_own, "parts of rows that stay are nobody's"
+        assert num_tokens * num_ranks * grid.recv_parts <= grid.num_blocks
+    else:
+        assert grid.send_parts == 1

@@ -1,4 +1,5 @@
-// The receiving half of low-latency combine: a home adds up what arrives for each of its tokens, in the contract's order.
+// The receiving half of low-latency combine: a home adds up what arrives for each of its tokens, in the contract's
+// order.
 #pragma once
 
 #include <deepep/ll_send_sums.cuh>
@@ -105,8 +106,8 @@ struct Awaited {
         }
     }
 
-    // Wait for all of them, and leave zeros where they came from. (A rank that dies while it sends may so leave a row of
-    // which parts count and others do not; the mask, or the error, says that it was lost.)
+    // Wait for all of them, and leave zeros where they came from. (A rank that dies while it sends may so leave a row
+    // of which parts count and others do not; the mask, or the error, says that it was lost.)
     __device__ __forceinline__ void take(const LlCall& call, const int32_t* owners, Vec16* slots,
                                          const Place<kVecs>& place) {
         constexpr uint32_t kSpinsPerCheck = 64;
@@ -140,8 +141,8 @@ __device__ __forceinline__ void note_waits(const LlCall& call, const Home& home,
     }
 }
 
-// By a team: add up the `part`th of `parts` of a token from its slots, in the order of its terms. This rank's own sum is
-// in `own`, if it is kept. (A team with workers never adds up copies.)
+// By a team: add up the `part`th of `parts` of a token from its slots, in the order of its terms. This rank's own sum
+// is in `own`, if it is kept. (A team with workers never adds up copies.)
 template <uint32_t kVecs>
 __device__ void add_up(const LlCombineArgs& args, const LlCall& call, const Team& team, uint32_t token, uint32_t part,
                        uint32_t parts, const Home& home, const Vec16* own) {

@@ -1,15 +1,27 @@
-// Low-latency dispatch takes in tokens of other ranks. A thread waits for its part of a row where it will be stored from,
-// beside the counts that say where to.
+// Low-latency dispatch takes in tokens of other ranks. A thread waits for its part of a row where it will be stored
+// from, beside the counts that say where to.
 #pragma once
 
 #include <deepep/ll_lay_out.cuh>
 
 namespace deepep {
 
-constexpr uint32_t kPartsAtOnce = 2;  // vectors of a row per thread, a team apart
+constexpr uint32_t kPartsAtOnce = 2;  // vectors of a row per thread, as far apart as there are threads
 
-// A thread's part of a token on its way here: vectors and their scale factors; choice `team.thread` comes with the first
-// part.
+// A team's place among those that share a row: where there are few rows, each of them is stored by several blocks.
+struct Share {
+    uint32_t part, threads, thread;
+    __device__ Share(const LlDispatchArgs& args, const Team& team, uint32_t number)
+        : part(number & (args.recv_parts - 1)),
+          threads(team.threads * args.recv_parts),
+          thread(team.threads * part + team.thread) {}
+    __device__ static uint32_t row_of(const LlDispatchArgs& args, uint32_t number) {
+        return number >> Team::log2_of(args.recv_parts);
+    }
+};
+
+// A thread's part of a token on its way here: vectors and their scale factors; choice `team.thread` comes with the
+// first part.
 template <bool kFp8>
 struct Arrival {
     static constexpr uint32_t kChoiceBit = 2 * kPartsAtOnce;
@@ -20,38 +32,38 @@ struct Arrival {
     uint32_t first;    // vector of the row
     uint8_t* slot;
 
-    // The part from vector `base` on.
-    __device__ Arrival(const LlDispatchArgs& args, const LlCall& call, const Team& team, const Item& item,
-                       uint32_t base)
-        : first(base + team.thread) {
+    // The part from vector `base` of all teams on.
+    __device__ Arrival(const LlDispatchArgs& args, const LlCall& call, const Team& team, const Share& share,
+                       const Item& item, uint32_t base)
+        : first(base + share.thread) {
         const LlShape& shape = args.common.shape;
         slot = pointer<uint8_t>(args.common.own_base + slot_of(shape, args.common.window, item.slot) + call.bank());
         missing = base == 0 && team.thread < shape.num_topk ? 1u << kChoiceBit : 0;
 #pragma unroll
         for (uint32_t i = 0; i < kPartsAtOnce; ++i) {
-            if (first + i * team.threads >= vecs_of<kFp8>(shape)) continue;
+            if (first + i * share.threads >= vecs_of<kFp8>(shape)) continue;
             missing |= 1u << i;
             if (kFp8) missing |= 1u << (kPartsAtOnce + i);
         }
     }
 
-    __device__ __forceinline__ Vec16* part_at(const Team& team, uint32_t i) const {
-        return reinterpret_cast<Vec16*>(slot) + (first + i * team.threads);
+    __device__ __forceinline__ Vec16* part_at(const Share& share, uint32_t i) const {
+        return reinterpret_cast<Vec16*>(slot) + (first + i * share.threads);
     }
-    __device__ __forceinline__ uint32_t* sf_at(const LlShape& shape, const Team& team, uint32_t i) const {
-        return reinterpret_cast<uint32_t*>(slot + shape.hidden) + (first + i * team.threads) / kLanesPerGroup;
+    __device__ __forceinline__ uint32_t* sf_at(const LlShape& shape, const Share& share, uint32_t i) const {
+        return reinterpret_cast<uint32_t*>(slot + shape.hidden) + (first + i * share.threads) / kLanesPerGroup;
     }
     __device__ __forceinline__ bool misses(uint32_t bit) const { return (missing >> bit & 1) != 0; }
 
     // Look once at what is missing, all loads in one trip.
-    __device__ __forceinline__ void look(const LlShape& shape, uint32_t epoch, const Team& team) {
+    __device__ __forceinline__ void look(const LlShape& shape, uint32_t epoch, const Team& team, const Share& share) {
 #pragma unroll
         for (uint32_t i = 0; i < kPartsAtOnce; ++i) {
-            if (misses(i)) part[i] = load_b128(part_at(team, i));
+            if (misses(i)) part[i] = load_b128(part_at(share, i));
         }
 #pragma unroll
         for (uint32_t i = 0; kFp8 && i < kPartsAtOnce; ++i) {
-            if (misses(kPartsAtOnce + i)) sf[i] = load_relaxed_sys(sf_at(shape, team, i));
+            if (misses(kPartsAtOnce + i)) sf[i] = load_relaxed_sys(sf_at(shape, share, i));
         }
         if (misses(kChoiceBit)) {
             choice = load_b128(reinterpret_cast<const Vec16*>(slot + shape.choice_offset) + team.thread);
@@ -67,15 +79,15 @@ struct Arrival {
     }
 
     // All being there: store the thread's part, and leave zeros where it came from.
-    __device__ __forceinline__ void store(const LlDispatchArgs& args, const Team& team, const Rows& rows) const {
+    __device__ __forceinline__ void store(const LlDispatchArgs& args, const Share& share, const Rows& rows) const {
         const LlShape& shape = args.common.shape;
 #pragma unroll
         for (uint32_t i = 0; i < kPartsAtOnce; ++i) {
-            const uint32_t vec = first + i * team.threads;
+            const uint32_t vec = first + i * share.threads;
             if (vec >= vecs_of<kFp8>(shape)) continue;
             store_vec<kFp8>(args, rows, vec, from_wire(part[i]), from_wire(sf[i]));
-            *part_at(team, i) = {};
-            if (has_sf<kFp8>()) *sf_at(shape, team, i) = 0;
+            *part_at(share, i) = {};
+            if (has_sf<kFp8>()) *sf_at(shape, share, i) = 0;
         }
     }
 };
@@ -83,8 +95,8 @@ struct Arrival {
 // By each thread: wait for its part of a token and, with `table`, for the thread's first word among the counts, side by
 // side. It stays missing if the source has fewer tokens, the token does not come here, or the rank is lost.
 template <bool kFp8>
-__device__ void await_token(const LlDispatchArgs& args, const LlCall& call, const Team& team, const Item& item,
-                            Arrival<kFp8>& arrival, uint32_t* table, Arrivals* from) {
+__device__ void await_token(const LlDispatchArgs& args, const LlCall& call, const Team& team, const Share& share,
+                            const Item& item, Arrival<kFp8>& arrival, uint32_t* table, Arrivals* from) {
     constexpr uint32_t kSpinsPerCheck = 64;
     const LlCommon& common = args.common;
     const uint64_t* header = call.own_word(common.window.headers, item.source);
@@ -102,7 +114,7 @@ __device__ void await_token(const LlDispatchArgs& args, const LlCall& call, cons
         if (waits_for_token) {
             seen_header = load_relaxed_sys(header);
             seen_absent = load_relaxed_sys(absent);
-            arrival.look(common.shape, call.epoch, team);
+            arrival.look(common.shape, call.epoch, team, share);
             waits_for_token = arrival.missing != 0;
             if (waits_for_token) {
                 const bool is_beyond = item.token >= tokens_of(static_cast<uint32_t>(seen_header));
@@ -121,20 +133,20 @@ __device__ void await_token(const LlDispatchArgs& args, const LlCall& call, cons
     if (has_word) announced.keep(index, value, table, *from);
 }
 
-// By a team: lay out a token whose first part was waited for; it counts only if all of it came.
+// By a team: lay out its share of a token whose first part was waited for; it counts only if all of it came.
 template <bool kFp8>
-__device__ void store_token(const LlDispatchArgs& args, const LlCall& call, const Team& team, const Item& item,
-                            const uint32_t* table, Arrival<kFp8>& arrival, Rows& rows) {
-    const uint32_t step = kPartsAtOnce * team.threads, num_vecs = vecs_of<kFp8>(args.common.shape);
+__device__ void store_token(const LlDispatchArgs& args, const LlCall& call, const Team& team, const Share& share,
+                            const Item& item, const uint32_t* table, Arrival<kFp8>& arrival, Rows& rows) {
+    const uint32_t step = kPartsAtOnce * share.threads, num_vecs = vecs_of<kFp8>(args.common.shape);
     if (arrival.misses(Arrival<kFp8>::kChoiceBit)) arrival.choice.word[0] = 0xffffffffu;
-    list_rows<kFp8>(args, item, arrival.choice, table, team.thread, rows);
+    list_rows<kFp8>(args, item, arrival.choice, table, team.thread, rows, share.part == 0);
     for (uint32_t base = 0;;) {
         if (team.any(arrival.missing != 0)) return forget_token(args, item, team.thread);
-        arrival.store(args, team, rows);
+        arrival.store(args, share, rows);
         base += step;
         if (base >= num_vecs) return;
-        arrival = Arrival<kFp8>(args, call, team, item, base);
-        await_token(args, call, team, item, arrival, nullptr, nullptr);
+        arrival = Arrival<kFp8>(args, call, team, share, item, base);
+        await_token(args, call, team, share, item, arrival, nullptr, nullptr);
     }
 }
 

@@ -1,5 +1,5 @@
-// Some of a token's choices, or some ranks, as bits. Kernels are compiled twice: for up to 32 of each, which is usual and
-// takes one word, and for more (DEEPEP_LL_WIDE).
+// Some of a token's choices, or some ranks, as bits. Kernels are compiled twice: for up to 32 of each, which is usual
+// and takes one word, and for more (DEEPEP_LL_WIDE).
 #pragma once
 
 #include <deepep/ll_layout.cuh>
@@ -31,8 +31,7 @@ __device__ __forceinline__ bool has_bit(Bits bits, uint32_t index) { return (bit
 
 // Take out the first one.
 __device__ __forceinline__ uint32_t pop_bit(Bits& bits) {
-    const uint32_t index =
-        (kWords > 1 ? __ffsll(static_cast<long long>(bits)) : __ffs(static_cast<int>(bits))) - 1;
+    const uint32_t index = (kWords > 1 ? __ffsll(static_cast<long long>(bits)) : __ffs(static_cast<int>(bits))) - 1;
     bits &= bits - 1;
     return index;
 }

@@ -11,7 +11,7 @@ enum LlOp : uint32_t { kLlDispatch = 0, kLlCombine = 1, kLlClean = 2 };
 
 constexpr uint32_t kLlThreads = 512;
 constexpr uint32_t kLlBlocksPerSm = 1;
-constexpr uint32_t kLlBanks = 2;  // of the window
+constexpr uint32_t kLlBanks = 2;                                  // of the window
 constexpr uint32_t kCountingThread = kLlThreads - kWarpSize - 1;  // of a warp that has little else to do
 
 // For the state, which only its GPU looks at.
@@ -71,8 +71,9 @@ struct LlCall {
           transport(reinterpret_cast<uint64_t>(block.peers), common.shape.rank, common.shape.num_ranks),
           state(pointer<LlState>(common.own_base + common.window.state)) {}
 
-    // Start: issue all loads that nothing depends on, in one trip, and, where the launch sends, wait until every rank is
-    // through with what the bank held before. `credits` is where ranks say so. The barrier of begin() then covers it all.
+    // Start: issue all loads that nothing depends on, in one trip, and, where the launch sends, wait until every rank
+    // is through with what the bank held before. `credits` is where ranks say so. The barrier of begin() then covers it
+    // all.
     __device__ void prepare(uint64_t credits, uint64_t call_epoch) const {
         constexpr uint32_t kEpochThread = 3 * kWarpSize;  // of another warp than those that look at ranks
         static_assert(kEpochThread >= kMostChoices, "one thread has one task");
@@ -154,8 +155,8 @@ struct LlCall {
         state->read_epoch[op][epoch % kLlBanks] = epoch;
     }
 
-    // By each thread for one rank: wait until it is through with what the bank of epoch `now` held before. Others wait for
-    // this rank meanwhile, so only half of the time; then there is all of it again for the ranks that are left.
+    // By each thread for one rank: wait until it is through with what the bank of epoch `now` held before. Others wait
+    // for this rank meanwhile, so only half of the time; then there is all of it again for the ranks that are left.
     __device__ void await_credit(uint32_t rank, uint32_t now, const uint64_t* word, uint32_t last) const {
         constexpr uint32_t kSpinsPerCheck = 64;
         if (now <= kLlBanks) return;
@@ -218,10 +219,10 @@ struct LlCall {
         return gives_up(args, shared, op, rank, shared.deadline - (is_early ? args.timeout_ns / 2 : 0));
     }
 
-    // Whether a rank is given up on, which is then masked and, unless ranks may leave, reported to the host. Every later
-    // wait for it is over at once. Out of line: waits are everywhere, and this is not to stand between them.
+    // Whether a rank is given up on, which is then masked and, unless ranks may leave, reported to the host. Every
+    // later wait for it is over at once. Inlined, since around a call sums would not keep their registers.
     __device__ __forceinline__ static bool gives_up(const LlCommon& args, LlShared& shared, LlOp op, uint32_t rank,
-                                                 uint64_t deadline) {
+                                                    uint64_t deadline) {
         volatile uint32_t* mask = &shared.mask[rank];
         if (*mask != 0) return true;
         LlState* state = pointer<LlState>(args.own_base + args.window.state);
@@ -239,7 +240,9 @@ struct Team {
     uint32_t threads, index, thread;  // size, which of the block, place inside
 
     __device__ explicit Team(uint32_t team_threads)
-        : threads(team_threads), index(threadIdx.x >> log2_of(team_threads)), thread(threadIdx.x & (team_threads - 1)) {}
+        : threads(team_threads),
+          index(threadIdx.x >> log2_of(team_threads)),
+          thread(threadIdx.x & (team_threads - 1)) {}
 
     __device__ static uint32_t log2_of(uint32_t power) { return 31 - __clz(static_cast<int>(power)); }
 

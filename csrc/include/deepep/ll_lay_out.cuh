@@ -104,22 +104,20 @@ __device__ __forceinline__ uint8_t* row_of(const LlDispatchArgs& args, uint32_t 
     return pointer<uint8_t>(args.recv_x) + uint64_t{row} * vecs_of<kFp8>(args.common.shape) * sizeof(Vec16);
 }
 
-// Note where one choice of a token ended up: `expert` -1 if elsewhere. Gives the row and the index of its first scale.
-__device__ __forceinline__ uint2 keep_route(const LlDispatchArgs& args, uint64_t slot, uint32_t token, uint32_t k,
-                                            int32_t expert, uint32_t place, uint32_t weight) {
-    const LlShape& shape = args.common.shape;
-    const uint64_t route = slot * shape.num_topk + k;
-    const uint32_t room = shape.num_ranks * shape.num_max_tokens, row = expert * room + place;
+// Note where one choice of a token ended up: `expert` -1 if elsewhere.
+__device__ __forceinline__ void keep_route(const LlDispatchArgs& args, uint64_t slot, uint32_t token, uint32_t k,
+                                           int32_t expert, uint32_t row, uint32_t weight) {
+    const uint64_t route = slot * args.common.shape.num_topk + k;
     pointer<int32_t>(args.common.routes)[route] = expert < 0 ? -1 : static_cast<int32_t>(row);
     pointer<uint32_t>(args.common.route_weights)[route] = weight;
     if (expert >= 0) pointer<uint32_t>(args.src_info)[row] = token;
-    return {row, expert * num_scales(args) * room + place};
 }
 
-// By a team's first threads, those of whole warps: list the token's rows, and keep them for combine. `raw` is choice k.
+// By a team's first threads, those of whole warps: list the token's rows and, if `keeps`, keep them for combine. `raw`
+// is choice k.
 template <bool kFp8>
 __device__ void list_rows(const LlDispatchArgs& args, const Item& item, const Vec16& raw, const uint32_t* table,
-                          uint32_t k, Rows& rows) {
+                          uint32_t k, Rows& rows, bool keeps = true) {
     const LlShape& shape = args.common.shape;
     if (k >= kMostChoices) return;
     const bool is_choice = k < shape.num_topk;
@@ -127,16 +125,18 @@ __device__ void list_rows(const LlDispatchArgs& args, const Item& item, const Ve
     const uint32_t here = __ballot_sync(kFullMask, expert >= 0), lane = lane_index();
     if (lane == 0) rows.count[k / kWarpSize] = __popc(here);
     if (!is_choice) return;
-    const uint32_t first = expert < 0 ? 0 : first_row(shape, table, item.source, expert);
-    const uint2 at = keep_route(args, item.slot, item.token, k, expert, first + raw.word[1], raw.word[2]);
+    const uint32_t room = shape.num_ranks * shape.num_max_tokens;
+    const uint32_t at = (expert < 0 ? 0 : first_row(shape, table, item.source, expert)) + raw.word[1];
+    const uint32_t row = expert * room + at;
+    if (keeps) keep_route(args, item.slot, item.token, k, expert, row, raw.word[2]);
     if (expert < 0) return;
     const uint32_t place = k - lane + __popc(here & ((1u << lane) - 1));
-    rows.row[place] = row_of<kFp8>(args, at.x);
-    rows.sf[place] = pointer<uint8_t>(args.recv_sf) + uint64_t{at.y} * 4;
+    rows.row[place] = row_of<kFp8>(args, row);
+    rows.sf[place] = pointer<uint8_t>(args.recv_sf) + uint64_t{expert * num_scales(args) * room + at} * 4;
 }
 
-// By a thread: its vector of a row, to all of the token's rows. The lanes of a group share its scale factor, and the rows
-// that it goes to: each of these words is in a sector of its own.
+// By a thread: its vector of a row, to all of the token's rows. The lanes of a group share its scale factor, and the
+// rows that it goes to: each of these words is in a sector of its own.
 template <bool kFp8>
 __device__ __forceinline__ void store_vec(const LlDispatchArgs& args, const Rows& rows, uint32_t vec,
                                           const Vec16& value, uint32_t sf) {
@@ -176,7 +176,7 @@ __device__ void keep_tokens(const LlDispatchArgs& args, const Range& range, Outg
     }
     __syncthreads();
     for (uint32_t own = range.end; own-- > range.begin;) {
-        for_each_vec<kFp8>(args, own, out, [&](uint32_t vec, const Vec16& value, uint32_t sf) {
+        for_each_vec<kFp8>(args, own, threadIdx.x, out, [&](uint32_t vec, const Vec16& value, uint32_t sf) {
             store_vec<kFp8>(args, kept[own - range.begin], vec, value, sf);
         });
         if (own == range.begin) return;

@@ -16,8 +16,8 @@ struct LlState {
     uint32_t num_read[2][2];     // blocks that have done so: once both agree, the bank is free
     uint32_t mask[kLlMaxRanks];
     uint32_t is_stale[kLlMaxRanks];  // since a rank was masked, what it sent may lie where nobody took it
-    uint64_t num_barriers;      // that this rank has begun
-    uint32_t met[kLlMaxRanks];  // number of each rank at the last barrier passed with it, as it counts
+    uint64_t num_barriers;           // that this rank has begun
+    uint32_t met[kLlMaxRanks];       // number of each rank at the last barrier passed with it, as it counts
 };
 
 // A block reads the count before it adds its share, so all blocks of a launch read the same whole number.
@@ -54,10 +54,10 @@ struct alignas(16) LlChoice {
 
 struct LlShape {
     uint32_t rank, num_ranks, num_experts, num_local_experts, num_topk, hidden;
-    uint32_t num_max_tokens;  // M
-    uint32_t num_slots;       // S, terms a token has room for
-    uint32_t slot_bytes;      // of a dispatch slot
-    uint32_t choice_offset;   // of the choices inside it
+    uint32_t num_max_tokens;                                  // M
+    uint32_t num_slots;                                       // S, terms a token has room for
+    uint32_t slot_bytes;                                      // of a dispatch slot
+    uint32_t choice_offset;                                   // of the choices inside it
     uint32_t local_experts_magic, ranks_magic, others_magic;  // for divide(); others: the ranks but this one
 };
 
@@ -101,6 +101,8 @@ struct LlDispatchArgs {
     uint32_t sf_format;
     uint32_t tokens_per_block;  // of those that send
     uint32_t keeps_own;         // rows that stay here skip the window, where one launch does everything
+    uint32_t recv_parts;        // teams that share a row where it is laid out, a power of two
+    uint32_t send_parts;        // blocks that share a row where it is sent, likewise
     uint32_t pad;
 };
 
@@ -113,9 +115,9 @@ struct LlCombineArgs {
     uint64_t combine_epoch;  // [1] of this combine, for its second phase
     uint32_t is_per_copy;
     uint32_t use_logfmt;
-    uint32_t has_sent_weights;  // this rank's dispatch carried the weights
-    uint32_t keeps_own;  // sums of its own tokens do not go through the window
-    uint32_t has_workers;  // a team's first warps only list and wait, the others add up
+    uint32_t has_sent_weights;        // this rank's dispatch carried the weights
+    uint32_t keeps_own;               // sums of its own tokens do not go through the window
+    uint32_t has_workers;             // a team's first warps only list and wait, the others add up
     uint32_t debt_parts, home_parts;  // teams that share a row where it is sent, and where it is added up
     uint32_t debt_parts_magic, home_parts_magic;
     uint32_t pad;

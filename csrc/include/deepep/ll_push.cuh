@@ -1,5 +1,5 @@
-// The sending half of low-latency dispatch: counts to every rank, each token once to every rank of its experts. Every warp
-// finds the ranks of a token by itself, so that warps need not meet.
+// The sending half of low-latency dispatch: counts to every rank, each token once to every rank of its experts. Every
+// warp finds the ranks of a token by itself, so that warps need not meet.
 #pragma once
 
 #include <deepep/ll_items.cuh>
@@ -164,13 +164,19 @@ __device__ __forceinline__ LlChoice choice_for(const LlShape& shape, int32_t ran
     return {choices.owner[i] == rank ? local : -1, positions.of[i], choices.weight[i], epoch};
 }
 
-// Tokens [begin, end) that a block sends. The last block publishes counts instead, where there are several.
+// Tokens [begin, end) that a block sends, and a thread's first part of a row: where there are few tokens, several
+// blocks share a row. The last block publishes counts instead, where there are several.
 struct Range {
-    uint32_t begin, end;
+    static constexpr uint32_t kNone = 1u << 24;  // more than any row has
+    uint32_t begin, end, part, first_unit;
     bool is_publisher;
     __device__ explicit Range(const LlDispatchArgs& args) : is_publisher(blockIdx.x == gridDim.x - 1) {
         const uint32_t num_tokens = args.common.num_tokens, num_senders = max_of(gridDim.x - 1, 1u);
-        begin = min_of(blockIdx.x * args.tokens_per_block, num_tokens);
+        const uint32_t log2_parts = Team::log2_of(args.send_parts), index = blockIdx.x >> log2_parts;
+        const uint32_t num_threads = kLlThreads >> log2_parts;
+        part = blockIdx.x & (args.send_parts - 1);
+        first_unit = threadIdx.x < num_threads ? part * num_threads + threadIdx.x : kNone;
+        begin = min_of(index * args.tokens_per_block, num_tokens);
         end = blockIdx.x < num_senders ? min_of(begin + args.tokens_per_block, num_tokens) : begin;
     }
 };
@@ -196,8 +202,8 @@ __device__ void push_choices(const LlDispatchArgs& args, const LlCall& call, con
             const uint32_t k = lane + i * kWarpSize;
             if (k >= shape.num_topk) continue;
             const LlChoice choice = choice_for(shape, rank, choices, i, positions, call.epoch);
-            store_b128(out + k, {{static_cast<uint32_t>(choice.expert), choice.position,
-                                  __float_as_uint(choice.weight), choice.epoch}});
+            store_b128(out + k, {{static_cast<uint32_t>(choice.expert), choice.position, __float_as_uint(choice.weight),
+                                  choice.epoch}});
         }
     }
 #pragma unroll 1
@@ -210,10 +216,10 @@ __device__ void push_choices(const LlDispatchArgs& args, const LlCall& call, con
 // By the whole block: a row and its scale factors, `out` being a thread's first part of it.
 template <bool kFp8>
 __device__ __forceinline__ void push_row(const LlDispatchArgs& args, const LlCall& call, const Item& item,
-                                         Outgoing<kFp8> out, Bits ranks) {
+                                         uint32_t first_unit, Outgoing<kFp8> out, Bits ranks) {
     const LlShape& shape = args.common.shape;
     const uint64_t slot = slot_of(shape, args.common.window, item.slot) + call.bank();
-    for_each_vec<kFp8>(args, item.token, out, [&](uint32_t vec, const Vec16& value, uint32_t value_sf) {
+    for_each_vec<kFp8>(args, item.token, first_unit, out, [&](uint32_t vec, const Vec16& value, uint32_t value_sf) {
         const Vec16 sent = to_wire(value);
 #pragma unroll 1
         for (Bits left = ranks; left != 0;) {
@@ -236,17 +242,17 @@ __device__ Outgoing<kFp8> send(const LlDispatchArgs& args, const LlCall& call, c
     for (uint32_t token = range.begin; token < range.end; ++token) {
         const Item item(args.common.shape, args.common.shape.rank, token);
         const Bits ranks = ranks_of(call, choices) & ~kept;
-        if (warp_index() == kAddressWarp) {
+        if (warp_index() == kAddressWarp && range.part == 0) {
             push_choices(args, call, item, choices, ranks, table,
                          stays != nullptr ? stays[token - range.begin] : nullptr);
         }
         cast_unit(args, held, out);
         if (token + 1 < range.end) {
             choices = load_choices(args, token + 1);
-            held = load_unit<kFp8>(args, token + 1, threadIdx.x);
+            held = load_unit<kFp8>(args, token + 1, range.first_unit);
             find_owners(args.common.shape, choices);
         }
-        push_row<kFp8>(args, call, item, out, ranks);
+        push_row<kFp8>(args, call, item, range.first_unit, out, ranks);
     }
     return out;
 }

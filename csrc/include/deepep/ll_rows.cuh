@@ -88,15 +88,16 @@ __device__ __forceinline__ void cast_unit(const LlDispatchArgs&, const Held& hel
     out.v[1] = from_wire(to_wire(held.v[1]));
 }
 
-// By the whole block: visit every vector of a row that a thread holds, with its scale factor, `out` being its first part.
+// By the whole block: visit every vector of a row that a thread holds, with its scale factor, `out` being its first
+// part.
 template <bool kFp8, typename Visit>
-__device__ __forceinline__ void for_each_vec(const LlDispatchArgs& args, uint32_t token, Outgoing<kFp8> out,
-                                             Visit visit) {
+__device__ __forceinline__ void for_each_vec(const LlDispatchArgs& args, uint32_t token, uint32_t first_unit,
+                                             Outgoing<kFp8> out, Visit visit) {
     constexpr uint32_t kParts = kFp8 ? 1 : 2;
     const uint32_t num_vecs = vecs_of<kFp8>(args.common.shape);
 #pragma unroll 1
-    for (uint32_t unit = threadIdx.x; warp_begins_before(unit, num_vecs); unit += kParts * kLlThreads) {
-        if (unit != threadIdx.x) cast_unit(args, load_unit<kFp8>(args, token, unit), out);
+    for (uint32_t unit = first_unit; warp_begins_before(unit, num_vecs); unit += kParts * kLlThreads) {
+        if (unit != first_unit) cast_unit(args, load_unit<kFp8>(args, token, unit), out);
 #pragma unroll
         for (uint32_t part = 0; part < kParts; ++part) {
             const uint32_t vec = unit + part * kLlThreads;

@@ -27,10 +27,7 @@ struct Debts {
     const Sources sources;
     uint32_t count, step;
     __device__ Debts(const LlCombineArgs& arguments, const Team& team, const Headers& known)
-        : args(arguments),
-          headers(known.of),
-          sources(args.common.shape, args.keeps_own),
-          step(team.global_count()) {
+        : args(arguments), headers(known.of), sources(args.common.shape, args.keeps_own), step(team.global_count()) {
         uint32_t most_tokens = known.most_tokens[0];
         if constexpr (kWords > 1) most_tokens = max_of(most_tokens, known.most_tokens[kWords - 1]);
         count = most_tokens * sources.count;
@@ -120,7 +117,8 @@ __device__ void send_parts(const LlCombineArgs& args, const LlCall& call, const 
 }
 
 // Push all sums. `choice` is of the team's first debt. A team's first warps, which have no rows to add, list what comes
-// next and wait for weights; they call meanwhile() once, and all threads see what it did. The others, its workers, add up.
+// next and wait for weights; they call meanwhile() once, and all threads see what it did. The others, its workers, add
+// up.
 template <typename Meanwhile>
 __device__ void send_sums(const LlCombineArgs& args, const LlCall& call, const Team& team, const Debts& debts,
                           Choice choice, Terms (&listed)[2], Meanwhile meanwhile) {

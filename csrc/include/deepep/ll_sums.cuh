@@ -143,8 +143,8 @@ __device__ void await_weights(const LlCombineArgs& args, const LlCall& call, con
 // By a whole warp.
 __device__ __noinline__ Vec16 cast_logfmt(const Vec16 value) { return logfmt::roundtrip(value); }
 
-// Sum a thread's kVecs vectors of a token's rows here, weighted. The first rows are loaded before ready() is called, once
-// or more, which tells when weights are known; `owes` are all rows.
+// Sum a thread's kVecs vectors of a token's rows here, weighted. The first rows are loaded before ready() is called,
+// once or more, which tells when weights are known; `owes` are all rows.
 template <uint32_t kVecs, typename Ready>
 __device__ __forceinline__ void sum_rows(const LlCombineArgs& args, const Terms& terms, Bits owes,
                                          const uint32_t (&vec)[kVecs], Vec16 (&out)[kVecs], Ready ready) {

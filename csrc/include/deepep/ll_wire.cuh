@@ -1,11 +1,14 @@
 // What rows are on the wire: vectors and scale factors that say themselves whether they are there. No barrier, fence or
-// flag stands between a row and the link, and nothing is added to its bytes. The last word of a vector is sent inverted,
-// so that zero is no data: a receiver looks at a vector until that word is not zero, takes it, and leaves zeros behind.
+// flag stands between a row and the link, and nothing is added to its bytes. The last word of a vector is sent
+// inverted, so that zero is no data: a receiver looks at a vector until that word is not zero, takes it, and leaves
+// zeros behind.
 //
 // What this rests on:
-// - A vector is stored and loaded by one b128 access, which PTX promises to be single-copy atomic (a vector of four words
+// - A vector is stored and loaded by one b128 access, which PTX promises to be single-copy atomic (a vector of four
+// words
 //   would be four accesses): whoever sees its last word sees all of it. Vectors promise nothing about each other.
-// - The word that cannot be sent, all ones, is none that a cast to FP8 or a sum in bf16 makes: a pair of NaN whose every
+// - The word that cannot be sent, all ones, is none that a cast to FP8 or a sum in bf16 makes: a pair of NaN whose
+// every
 //   bit is set. Of raw bf16 such a pair loses a bit, and stays two NaN.
 // - Memory has two banks, and credits keep a sender from writing to a bank before its zeros are back. A receiver that
 //   gives up on a rank takes nothing more of it until the window is cleaned (LlState::is_stale).
