@@ -137,6 +137,7 @@ __device__ __forceinline__ Positions number_choices(const Choices& choices, uint
     for (uint32_t i = 0; i < kWords; ++i) {
         positions.of[i] = choices.expert[i] >= 0 ? table[choices.expert[i]]++ : 0;
     }
+    __syncwarp();  // other lanes may count the same experts for the next token
     return positions;
 }
 
