@@ -1,0 +1,194 @@
+// The turns that fibers take, and the launches of each rank, one after the other.
+#include "emulator.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+#include <algorithm>
+#include <deque>
+#include <memory>
+#include <random>
+#include <string>
+
+namespace emu {
+
+Fiber* current = nullptr;
+
+namespace {
+
+constexpr size_t kStackBytes = 128 << 10;
+
+struct Launch {
+    void (*entry)(const void*);
+    std::vector<uint64_t> args;
+    uint32_t grid, threads, smem;
+    std::vector<std::unique_ptr<Block>> blocks;
+};
+
+std::map<uint64_t, std::deque<Launch>> queues;
+std::vector<char*> stacks;  // to use again
+ucontext_t scheduler;
+uint64_t time_ns = 0;
+std::string problem;
+
+void run_fiber() {
+    Block* block = current->block;
+    block->entry(block->args);
+    current->is_done = true;
+    block->num_done += 1;
+    swapcontext(&current->context, &scheduler);
+}
+
+void* poisoned(size_t size) {
+    void* memory = aligned_alloc(128, (size + 127) / 128 * 128);
+    memset(memory, 0xcd, size);
+    return memory;
+}
+
+void begin(Launch& launch) {
+    for (uint32_t index = 0; index < launch.grid; ++index) {
+        auto block = std::make_unique<Block>();
+        block->index = index, block->grid = launch.grid, block->threads = launch.threads;
+        block->entry = launch.entry, block->args = launch.args.data();
+        block->warps.resize(launch.threads / kWarp);
+        block->dynamic_shared = poisoned(launch.smem + 1);
+        block->fibers.resize(launch.threads);
+        for (uint32_t thread = 0; thread < launch.threads; ++thread) {
+            Fiber& fiber = block->fibers[thread];
+            if (stacks.empty()) stacks.push_back(static_cast<char*>(malloc(kStackBytes)));
+            getcontext(&fiber.context);
+            fiber.block = block.get(), fiber.thread = thread;
+            fiber.context.uc_stack.ss_sp = stacks.back(), fiber.context.uc_stack.ss_size = kStackBytes;
+            stacks.pop_back();
+            makecontext(&fiber.context, run_fiber, 0);
+        }
+        launch.blocks.push_back(std::move(block));
+    }
+}
+
+void end(Block& block) {
+    for (Fiber& fiber : block.fibers) stacks.push_back(static_cast<char*>(fiber.context.uc_stack.ss_sp));
+    for (auto& [key, memory] : block.shared) free(memory);
+    free(block.dynamic_shared);
+}
+
+void abandon() {
+    for (auto& [queue, launches] : queues) {
+        for (Launch& launch : launches) {
+            for (auto& block : launch.blocks) end(*block);
+        }
+    }
+    queues.clear();
+}
+
+// One turn for every fiber of a block that has something to do.
+bool turn(Block& block) {
+    bool has_moved = false;
+    for (Fiber& fiber : block.fibers) {
+        if (fiber.is_done || (fiber.waits_for != nullptr && *fiber.waits_for == fiber.last)) continue;
+        fiber.waits_for = nullptr;
+        current = &fiber;
+        swapcontext(&scheduler, &fiber.context);
+        has_moved = true;
+        if (!problem.empty()) return true;
+    }
+    return has_moved;
+}
+
+}  // namespace
+
+void yield() { swapcontext(&current->context, &scheduler); }
+uint64_t now() {
+    yield();
+    return time_ns;
+}
+void fail(const char* message) {
+    problem = std::string(message) + " (block " + std::to_string(current->block->index) + ", thread " +
+              std::to_string(current->thread) + ")";
+    while (true) yield();
+}
+
+void meet(Meeting& meeting, uint32_t num_threads) {
+    const uint32_t generation = meeting.generation;
+    if (++meeting.arrived == num_threads) {
+        meeting.arrived = 0;
+        meeting.any[(generation + 1) % 2] = 0;
+        meeting.generation += 1;
+        return;
+    }
+    current->waits_for = &meeting.generation, current->last = generation;
+    yield();
+}
+
+const uint64_t* exchange(uint64_t value, int place) {
+    Meeting& meeting = current->block->warps[current->thread / kWarp];
+    const uint32_t which = meeting.generation % 2;
+    if (meeting.arrived == 0) meeting.place = place;
+    if (meeting.place != place) fail("lanes of a warp meet at different places");
+    meeting.slots[which][current->thread % kWarp] = value;
+    meet(meeting, kWarp);
+    return meeting.slots[which];
+}
+
+bool barrier(uint32_t number, uint32_t num_threads, bool is_so) {
+    Meeting& meeting = current->block->barriers[number];
+    const uint32_t which = meeting.generation % 2;
+    if (is_so) meeting.any[which] = 1;
+    meet(meeting, num_threads);
+    return meeting.any[which] != 0;
+}
+
+void* shared_bytes(int number, size_t size) {
+    void*& memory = current->block->shared[{number, size}];
+    if (memory == nullptr) memory = poisoned(size);
+    return memory;
+}
+
+}  // namespace emu
+
+extern "C" void emu_launch(uint64_t queue, void* entry, const void* args, uint64_t num_bytes, uint32_t grid,
+                           uint32_t threads, uint32_t smem) {
+    emu::Launch launch{reinterpret_cast<void (*)(const void*)>(entry), {}, grid, threads, smem, {}};
+    launch.args.resize((num_bytes + 7) / 8);
+    memcpy(launch.args.data(), args, num_bytes);
+    emu::queues[queue].push_back(std::move(launch));
+}
+
+// Run all launches to their end; null, or what went wrong.
+extern "C" const char* emu_run(uint64_t seed, uint64_t ns_per_round, uint64_t most_rounds) {
+    using namespace emu;
+    std::mt19937_64 random(seed);
+    problem.clear();
+    for (uint64_t round = 0; problem.empty(); ++round, time_ns += ns_per_round) {
+        std::vector<Block*> blocks;
+        for (auto& [queue, launches] : queues) {
+            while (!launches.empty()) {
+                Launch& launch = launches.front();
+                if (launch.blocks.empty()) begin(launch);
+                bool is_over = true;
+                for (auto& block : launch.blocks) {
+                    if (block->num_done == block->threads) continue;
+                    blocks.push_back(block.get());
+                    is_over = false;
+                }
+                if (!is_over) break;
+                for (auto& block : launch.blocks) end(*block);
+                launches.pop_front();
+            }
+        }
+        if (blocks.empty()) return nullptr;
+        if (round == most_rounds) problem = "no end in sight";
+        std::shuffle(blocks.begin(), blocks.end(), random);
+        bool has_moved = false;
+        for (Block* block : blocks) {
+            if (random() % 4 == 0) {
+                has_moved = true;  // it would be unfair to call this a deadlock
+                continue;
+            }
+            for (uint64_t turns = random() % 3 + 1; turns > 0 && problem.empty(); --turns) has_moved |= turn(*block);
+        }
+        if (!has_moved) problem = "all threads wait for each other";
+    }
+    abandon();
+    return problem.c_str();
+}

@@ -1,0 +1,175 @@
+// A GPU for tests: every CUDA thread is a fiber, all fibers of all ranks take turns on one CPU thread, in an order that
+// follows from a seed. What a kernel's C++ cannot say on a CPU is here; emulator.py turns its inline PTX into calls.
+#pragma once
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <map>
+#include <utility>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __constant__ static const
+#define __forceinline__ inline
+#define __noinline__
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+namespace emu {
+
+constexpr uint32_t kWarp = 32;
+
+// Where threads wait for each other. Neighbouring meetings have slots of their own, since a thread that leaves one may
+// be at the next before the others have read.
+struct Meeting {
+    uint32_t generation = 0, arrived = 0, any[2] = {};
+    int place = -1;
+    uint64_t slots[2][kWarp] = {};
+};
+
+struct Block;
+struct Fiber {
+    ucontext_t context;
+    Block* block;
+    uint32_t thread;
+    bool is_done = false;
+    const uint32_t* waits_for = nullptr;  // to be no longer `last`
+    uint32_t last = 0;
+};
+
+struct Block {
+    uint32_t index, grid, threads;
+    void (*entry)(const void*);
+    const void* args;
+    uint32_t num_done = 0;
+    std::vector<Fiber> fibers;
+    Meeting barriers[16];
+    std::vector<Meeting> warps;
+    std::map<std::pair<int, size_t>, void*> shared;
+    void* dynamic_shared = nullptr;
+};
+
+extern Fiber* current;
+
+void yield();
+uint64_t now();
+[[noreturn]] void fail(const char* message);
+void meet(Meeting& meeting, uint32_t num_threads);
+void* shared_bytes(int number, size_t size);
+
+template <typename T>
+T& shared(int number) {
+    return *static_cast<T*>(shared_bytes(number, sizeof(T)));
+}
+
+struct Index {
+    uint32_t x;
+};
+
+// A warp's threads hand each other a value; all have to come to the same place.
+const uint64_t* exchange(uint64_t value, int place);
+bool barrier(uint32_t number, uint32_t num_threads, bool is_so = false);
+
+template <typename T>
+T load(const T* address) {
+    yield();
+    return *address;
+}
+template <typename T, typename V>
+void store(T* address, V value) {
+    *address = value;
+    yield();
+}
+template <typename T>
+T add(T* address, T value) {
+    const T old = *address;
+    *address = old + value;
+    yield();
+    return old;
+}
+template <typename T>
+T max_in_place(T* address, T value) {
+    const T old = *address;
+    if (value > old) *address = value;
+    return old;
+}
+
+inline uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+inline float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+inline uint32_t bf16_of(float value) {
+    const uint32_t bits = bits_of(value);
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fff;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline uint32_t max_bf16x2(uint32_t a, uint32_t b) {
+    const float low = fmaxf(float_of(a << 16), float_of(b << 16));
+    return bits_of(fmaxf(float_of(a & 0xffff0000), float_of(b & 0xffff0000))) | bits_of(low) >> 16;
+}
+inline uint32_t ballot(bool is_so, int place) {
+    const uint64_t* votes = exchange(is_so, place);
+    uint32_t bits = 0;
+    for (uint32_t lane = 0; lane < kWarp; ++lane) bits |= static_cast<uint32_t>(votes[lane]) << lane;
+    return bits;
+}
+inline uint32_t reduce_or(uint32_t value, int place) {
+    const uint64_t* all = exchange(value, place);
+    uint32_t result = 0;
+    for (uint32_t lane = 0; lane < kWarp; ++lane) result |= static_cast<uint32_t>(all[lane]);
+    return result;
+}
+inline uint32_t reduce_max(uint32_t value, int place) {
+    const uint64_t* all = exchange(value, place);
+    uint32_t result = 0;
+    for (uint32_t lane = 0; lane < kWarp; ++lane)
+        result = all[lane] > result ? static_cast<uint32_t>(all[lane]) : result;
+    return result;
+}
+inline uint32_t shuffle_xor(uint32_t value, uint32_t mask, int place) {
+    const uint64_t* all = exchange(value, place);
+    return static_cast<uint32_t>(all[(current->thread ^ mask) % kWarp]);
+}
+
+}  // namespace emu
+
+#define threadIdx (emu::Index{emu::current->thread})
+#define blockIdx (emu::Index{emu::current->block->index})
+#define gridDim (emu::Index{emu::current->block->grid})
+#define blockDim (emu::Index{emu::current->block->threads})
+#define __syncthreads() emu::barrier(0, blockDim.x)
+#define __syncwarp() ((void)emu::exchange(0, __COUNTER__))
+#define __ballot_sync(mask, is_so) emu::ballot(is_so, __COUNTER__)
+#define __reduce_or_sync(mask, value) emu::reduce_or(value, __COUNTER__)
+#define __reduce_max_sync(mask, value) emu::reduce_max(value, __COUNTER__)
+#define __shfl_xor_sync(mask, value, lanes) emu::shuffle_xor(value, lanes, __COUNTER__)
+#define __popc(value) __builtin_popcount(value)
+#define __ffs(value) __builtin_ffs(value)
+#define __ffsll(value) __builtin_ffsll(value)
+#define __clz(value) __builtin_clz(static_cast<uint32_t>(value))
+
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); }
+inline float __uint_as_float(uint32_t bits) { return emu::float_of(bits); }
+inline uint32_t __float_as_uint(float value) { return emu::bits_of(value); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline int __float2int_rn(float value) { return static_cast<int>(nearbyintf(value)); }
+
+template <typename T, typename V>
+T atomicAdd(T* address, V value) {
+    return emu::add(address, static_cast<T>(value));
+}
+template <typename T, typename V>
+T atomicMax(T* address, V value) {
+    return emu::max_in_place(address, static_cast<T>(value));
+}

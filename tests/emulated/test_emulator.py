@@ -1,0 +1,66 @@
+"""That the emulator notices what a GPU would not forgive."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from emulator import COMPILER, EmulationError, Emulator
+from translate import translate
+from world import Step, World
+
+from deepep.cuda.ll_structs import Shape
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+
+
+def test_inline_ptx_becomes_what_it_means() -> None:
+    source = 'asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(at(0, b)), "r"(x ? 1 : 2) : "memory");'
+    assert translate(source) == "{ emu::store((at(0, b)), (x ? 1 : 2)); }"
+    source = "__shared__ Rows listed[kTeams][2];"
+    assert translate(source) == "auto& listed = emu::shared<Rows[kTeams][2]>(__COUNTER__);"
+
+
+def test_ptx_that_nobody_explained_fails_when_it_runs() -> None:
+    assert "emu::fail" in translate('asm("brkpt;");')
+
+
+_COUNTS = "await_counts(args, call, threadIdx.x + kLlThreads"
+
+
+@pytest.mark.parametrize(
+    ("line", "instead", "message"),
+    [
+        ("*part_at(share, i) = {};", "", None),
+        ("slots[first[t] + place.vec[i]] = {};", "", None),
+        ("ranks_of(call, choices) &", "(threadIdx.x % 2 ? 0 : ranks_of(call, choices)) &", "meet at different places"),
+        (_COUNTS, f"if (threadIdx.x == 7) return;\n{_COUNTS}", "wait for each other"),
+    ],
+)
+def test_broken_kernels_are_noticed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str, instead: str, message: str | None
+) -> None:
+    seen = []
+
+    def break_one(source: str) -> str:
+        seen.extend([line] * source.count(line))
+        return translate(source.replace(line, instead))
+
+    monkeypatch.setattr("emulator.translate", break_one)
+    emulator = Emulator(tmp_path)
+    assert seen
+    world = World(monkeypatch, emulator, Shape(2, 4, 2, 9, 256), num_sms=24)
+    with pytest.raises((EmulationError, AssertionError), match=message):
+        _run_steps(world)
+
+
+def _run_steps(world: World) -> None:
+    for seed in range(12):
+        step = Step(world, [9, 9] if seed % 2 else [3, 1], seed)
+        dispatched = [step.dispatch(rank) for rank in range(2)]
+        combined = [step.combine(rank, dispatched[rank]) for rank in range(2)]
+        world.emulator.run(seed, most_rounds=5_000)
+        for rank in range(2):
+            step.check_dispatch(rank, dispatched[rank])
+            assert torch.equal(combined[rank].x, step.expected_combine(rank))

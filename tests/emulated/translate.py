@@ -1,0 +1,105 @@
+"""Turns kernels into C++ for a CPU: `__shared__` becomes memory of each block, inline PTX what it means.
+
+All else the emulator's header says.
+"""
+
+from __future__ import annotations
+
+import re
+
+_PTX = (
+    (r"mov\.u64 %0, %%globaltimer;", "%0 = emu::now();"),
+    (r"ld\.(relaxed|acquire)\.(sys|gpu)\.global\.u(32|64) %0, \[%1\];", "%0 = emu::load(%1);"),
+    (r"st\.(relaxed|release)\.sys\.global\.u(32|64) \[%0\], %1;", "emu::store(%0, %1);"),
+    (r"atom\.add\.acq_rel\.gpu\.global\.u32 %0, \[%1\], %2;", "%0 = emu::add(%1, %2);"),
+    (r"red\.release\.gpu\.global\.add\.u32 \[%0\], %1;", "emu::add(%0, %1);"),
+    (
+        r"ld\.global\.L1::no_allocate\.v4\.u32 {%0, %1, %2, %3}, \[%4\];",
+        "const auto& from = *%4; %0 = from.word[0], %1 = from.word[1], %2 = from.word[2], %3 = from.word[3];",
+    ),
+    (
+        r"{ \.reg \.b128 v; mov\.b128 v, {%1, %2}; st\.relaxed\.sys\.global\.b128 \[%0\], v; }",
+        "const uint64_t halves[2] = {%1, %2}; memcpy(%0, halves, 16); emu::yield();",
+    ),
+    (
+        r"{ \.reg \.b128 v; ld\.relaxed\.sys\.global\.b128 v, \[%2\]; mov\.b128 {%0, %1}, v; }",
+        "uint64_t halves[2]; emu::yield(); memcpy(halves, %2, 16); %0 = halves[0], %1 = halves[1];",
+    ),
+    (r"bar\.sync %0, %1;", "emu::barrier(%0, %1);"),
+    (
+        r"{ \.reg \.pred mine, some; setp\.ne\.u32 mine, %1, 0; bar\.red\.or\.pred some, %2, %3, mine; .*}",
+        "%0 = emu::barrier(%2, %3, %1 != 0);",
+    ),
+    (r"fence\.acq_rel\.sys;", ""),
+    (r"cvt\.rn\.bf16x2\.f32 %0, %1, %2;", "%0 = emu::bf16_of(%1) << 16 | emu::bf16_of(%2);"),
+    (r"max\.bf16x2 %0, %0, %1;", "%0 = emu::max_bf16x2(%0, %1);"),
+)
+
+
+def translate(source: str) -> str:
+    """Turn a kernel's source into C++ for the emulator."""
+    source = re.sub(
+        r"extern __shared__ (\w+) (\w+)\[\];",
+        r"\1* \2 = static_cast<\1*>(emu::current->block->dynamic_shared);",
+        source,
+    )
+    source = re.sub(r"__shared__ (\w+) (\w+)((?:\[[^\]]*\])*);", r"auto& \2 = emu::shared<\1\3>(__COUNTER__);", source)
+    parts, at = [], 0
+    for match in re.finditer(r"\basm(?: volatile)?\(", source):
+        end = _closing(source, match.end())
+        parts += [source[at : match.start()], "{ " + _meaning(source[match.end() : end]) + " }"]
+        at = end + 2  # the parenthesis and the semicolon
+    return "".join(parts) + source[at:]
+
+
+def _meaning(statement: str) -> str:
+    template, *operands = _split(statement, ":")
+    text = "".join(re.findall(r'"((?:[^"\\]|\\.)*)"', template)).replace("\\n", " ")
+    text = re.sub(r"\s+", " ", text).strip()
+    values = [
+        re.fullmatch(r'\s*"[^"]*"\s*\((.*)\)\s*', one, re.DOTALL)
+        for group in operands[:2]
+        for one in _split(group, ",")
+        if one.strip()
+    ]
+    for pattern, meaning in _PTX:
+        if re.fullmatch(pattern, text):
+            return re.sub(r"%(\d)", lambda number: f"({_value(values[int(number[1])])})", meaning)
+    return f'emu::fail("no meaning is known of {text}");'
+
+
+def _value(found: re.Match[str] | None) -> str:
+    if found is None:
+        raise ValueError("an operand of inline PTX could not be read")
+    return found[1]
+
+
+def _closing(text: str, start: int) -> int:
+    """Find the parenthesis that closes the one before `start`."""
+    depth, in_string = 1, False
+    for at in range(start, len(text)):
+        if text[at] == '"' and text[at - 1] != "\\":
+            in_string = not in_string
+        if not in_string:
+            depth += (text[at] == "(") - (text[at] == ")")
+        if depth == 0:
+            return at
+    raise ValueError("a parenthesis is not closed")
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split at separators outside strings and brackets."""
+    parts, depth, in_string, at = [""], 0, False, 0
+    while at < len(text):
+        char = text[at]
+        if char == '"' and text[at - 1 : at] != "\\":
+            in_string = not in_string
+        if not in_string:
+            depth += (char in "([{") - (char in ")]}")
+            if char == separator and depth == 0:
+                parts.append("")
+                at += 1
+                continue
+        parts[-1] += char
+        at += 1
+    return parts
