@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ _ARGS: dict[str, type[ctypes.Structure]] = {
     "ll_combine_kernel": LlCombineArgs,
     "ll_clean_kernel": LlCleanArgs,
 }
-COMPILER = shutil.which("c++") or shutil.which("g++")
+COMPILER = (shutil.which("c++") or shutil.which("g++")) if sys.platform == "linux" else None
 
 
 class EmulationError(RuntimeError):

@@ -12,7 +12,7 @@ from world import Step, World
 
 from deepep.cuda.ll_structs import Shape
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs Linux and a C++ compiler")
 
 
 def test_inline_ptx_becomes_what_it_means() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from deepep.backends.base import CombineResult, DispatchResult, Reduction
 from deepep.cuda.ll_structs import Shape
 from deepep.quant import SfFormat
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs Linux and a C++ compiler")
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,22 @@ def test_dispatch_and_combine(
     assert not world.status.any()
 
 
+@pytest.mark.parametrize(("num_ranks", "num_topk"), [(2, 40), (33, 2)])
+def test_more_than_32_ranks_or_choices(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, num_ranks: int, num_topk: int
+) -> None:
+    shape = Shape(num_ranks, 66, num_topk, 3, 128)
+    world = World(monkeypatch, Emulator(tmp_path, is_wide=True), shape, num_sms=2)
+    for seed in range(2):
+        step = Step(world, [seed + rank % 3 for rank in range(num_ranks)], seed)
+        dispatched = [step.dispatch(rank) for rank in range(num_ranks)]
+        combined = [step.combine(rank, dispatched[rank]) for rank in range(num_ranks)]
+        world.emulator.run(seed)
+        for rank in range(num_ranks):
+            step.check_dispatch(rank, dispatched[rank])
+            assert torch.equal(combined[rank].x, step.expected_combine(rank)), f"seed {seed}, rank {rank}"
+
+
 @pytest.mark.parametrize("sf_format", [None, SfFormat.UE8M0])
 @pytest.mark.parametrize("reduction", Reduction)
 def test_two_phases_and_both_reductions(
@@ -68,12 +85,14 @@ def test_two_phases_and_both_reductions(
         step = Step(world, [6, 4], seed)
         dispatched = [step.dispatch(rank, sf_format, split=True) for rank in range(2)]
         _finish(world, dispatched)
-        combined = [step.combine(rank, dispatched[rank], reduction, split=True) for rank in range(2)]
+        logfmt = seed == 2
+        combined = [step.combine(rank, dispatched[rank], reduction, split=True, use_logfmt=logfmt) for rank in range(2)]
         _finish(world, combined)
         emulator.run(seed)
         for rank in range(2):
             step.check_dispatch(rank, dispatched[rank], sf_format)
-            assert torch.equal(combined[rank].x, step.expected_combine(rank, reduction)), f"seed {seed}, rank {rank}"
+            wanted = step.expected_combine(rank, reduction, use_logfmt=logfmt)
+            assert torch.equal(combined[rank].x, wanted), f"seed {seed}, rank {rank}"
 
 
 def test_few_and_many_tokens_take_turns(monkeypatch: pytest.MonkeyPatch, emulator: Emulator) -> None:

@@ -13,7 +13,7 @@ from deepep.backends.base import CombineRequest, CombineResult, DispatchRequest,
 from deepep.cuda import driver, jit, ll_engine
 from deepep.cuda.ll_engine import LowLatencyEngine, Settings
 from deepep.cuda.ll_structs import LlState, Shape, divide
-from deepep.quant import SfFormat, fp8_cast
+from deepep.quant import SfFormat, fp8_cast, logfmt_roundtrip
 
 
 class FakeKernel:
@@ -132,7 +132,12 @@ class Step:
         return self.world.on(rank).dispatch(request)
 
     def combine(
-        self, rank: int, dispatched: DispatchResult, reduction: Reduction = Reduction.PER_RANK, split: bool = False
+        self,
+        rank: int,
+        dispatched: DispatchResult,
+        reduction: Reduction = Reduction.PER_RANK,
+        split: bool = False,
+        use_logfmt: bool = False,
     ) -> CombineResult:
         """Launch a rank's combine."""
         num_local = self.world.shape.num_local_experts
@@ -143,6 +148,7 @@ class Step:
             scale_topk_idx=self.topk_idx[rank],
             scale_topk_weights=self.topk_weights[rank],
             reduction=reduction,
+            use_logfmt=use_logfmt,
             split_phases=split,
         )
         return self.world.on(rank).combine(request, x)
@@ -183,9 +189,14 @@ class Step:
             assert torch.equal(got.sf[local, : len(rows)].view(torch.int32), want_sf.view(torch.int32))
 
     def expected_combine(
-        self, rank: int, reduction: Reduction = Reduction.PER_RANK, gone: tuple[int, ...] = ()
+        self,
+        rank: int,
+        reduction: Reduction = Reduction.PER_RANK,
+        gone: tuple[int, ...] = (),
+        use_logfmt: bool = False,
     ) -> torch.Tensor:
         """What a rank's combine gives: per owner in fp32 and rounded, then in the order of each owner's last choice."""
+        per_rank = reduction is Reduction.PER_RANK
         num_local = self.world.shape.num_local_experts
         out = torch.zeros_like(self.x[rank])
         for token, choices in enumerate(self.topk_idx[rank].tolist()):
@@ -195,12 +206,15 @@ class Step:
                 if expert < 0 or owner in gone:
                     continue
                 place = self.rows(expert, gone).index((rank, token))
-                term = self.topk_weights[rank][token, k] * self.y[expert, place].float()
-                key = owner if reduction is Reduction.PER_RANK else k
+                row = self.y[expert, place]
+                sent = logfmt_roundtrip(row[None])[0] if use_logfmt and not per_rank else row
+                term = self.topk_weights[rank][token, k] * sent.float()
+                key = owner if per_rank else k
                 before = sums.pop(key, torch.zeros(self.world.shape.hidden))
                 sums[key] = before + term
             total = torch.zeros(self.world.shape.hidden)
             for part in sums.values():
-                total = total + (part.bfloat16().float() if reduction is Reduction.PER_RANK else part)
+                rounded = logfmt_roundtrip(part.bfloat16()[None])[0] if use_logfmt else part.bfloat16()
+                total = total + (rounded.float() if per_rank else part)
             out[token] = total.bfloat16()
         return out
