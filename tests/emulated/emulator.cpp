@@ -25,7 +25,15 @@ struct Launch {
     std::vector<std::unique_ptr<Block>> blocks;
 };
 
+struct Sent {
+    const Block* block;
+    void* address;
+    std::vector<char> value;
+};
+
 std::map<uint64_t, std::deque<Launch>> queues;
+std::vector<Sent> under_way;  // in the order in which they were sent
+std::mt19937_64 random_number;
 std::vector<char*> stacks;  // to use again
 ucontext_t scheduler;
 uint64_t time_ns = 0;
@@ -66,7 +74,22 @@ void begin(Launch& launch) {
     }
 }
 
+template <typename Condition>
+void deliver(Condition is_due) {
+    std::vector<Sent> left;
+    for (Sent& sent : under_way) {
+        const auto is_same = [&](const Sent& earlier) { return earlier.address == sent.address; };
+        if (is_due(sent) && std::none_of(left.begin(), left.end(), is_same)) {
+            memcpy(sent.address, sent.value.data(), sent.value.size());
+        } else {
+            left.push_back(std::move(sent));
+        }
+    }
+    under_way = std::move(left);
+}
+
 void end(Block& block) {
+    deliver([&](const Sent& sent) { return sent.block == &block; });
     for (Fiber& fiber : block.fibers) stacks.push_back(static_cast<char*>(fiber.context.uc_stack.ss_sp));
     for (auto& [key, memory] : block.shared) free(memory);
     free(block.dynamic_shared);
@@ -79,6 +102,7 @@ void abandon() {
         }
     }
     queues.clear();
+    under_way.clear();
 }
 
 // One turn for every fiber of a block that has something to do.
@@ -96,6 +120,14 @@ bool turn(Block& block) {
 }
 
 }  // namespace
+
+void send(void* address, const void* value, size_t size) {
+    const char* bytes = static_cast<const char*>(value);
+    under_way.push_back({current->block, address, {bytes, bytes + size}});
+}
+void release() {
+    deliver([](const Sent& sent) { return sent.block == current->block; });
+}
 
 void yield() { swapcontext(&current->context, &scheduler); }
 uint64_t now() {
@@ -157,7 +189,7 @@ extern "C" void emu_launch(uint64_t queue, void* entry, const void* args, uint64
 // Run all launches to their end; null, or what went wrong.
 extern "C" const char* emu_run(uint64_t seed, uint64_t ns_per_round, uint64_t most_rounds) {
     using namespace emu;
-    std::mt19937_64 random(seed);
+    random_number.seed(seed);
     problem.clear();
     for (uint64_t round = 0; problem.empty(); ++round, time_ns += ns_per_round) {
         std::vector<Block*> blocks;
@@ -178,15 +210,18 @@ extern "C" const char* emu_run(uint64_t seed, uint64_t ns_per_round, uint64_t mo
         }
         if (blocks.empty()) return nullptr;
         if (round == most_rounds) problem = "no end in sight";
-        std::shuffle(blocks.begin(), blocks.end(), random);
+        std::shuffle(blocks.begin(), blocks.end(), random_number);
         bool has_moved = false;
         for (Block* block : blocks) {
-            if (random() % 4 == 0) {
+            if (random_number() % 4 == 0) {
                 has_moved = true;  // it would be unfair to call this a deadlock
                 continue;
             }
-            for (uint64_t turns = random() % 3 + 1; turns > 0 && problem.empty(); --turns) has_moved |= turn(*block);
+            for (uint64_t turns = random_number() % 3 + 1; turns > 0 && problem.empty(); --turns)
+                has_moved |= turn(*block);
         }
+        has_moved |= !under_way.empty();
+        deliver([](const Sent&) { return random_number() % 4 == 0; });
         if (!has_moved) problem = "all threads wait for each other";
     }
     abandon();

@@ -1,5 +1,6 @@
 // A GPU for tests: every CUDA thread is a fiber, all fibers of all ranks take turns on one CPU thread, in an order that
-// follows from a seed. What a kernel's C++ cannot say on a CPU is here; emulator.py turns its inline PTX into calls.
+// follows from a seed. Stores that others wait for arrive late and in any order, unless a release or the end of the
+// kernel is between. What a kernel's C++ cannot say on a CPU is here; translate.py turns its inline PTX into calls.
 #pragma once
 
 #include <math.h>
@@ -80,10 +81,21 @@ T load(const T* address) {
     yield();
     return *address;
 }
+// Sooner or later; never before what the same address was sent earlier.
+void send(void* address, const void* value, size_t size);
+// Let everything arrive that the block has sent.
+void release();
+
 template <typename T, typename V>
 void store(T* address, V value) {
-    *address = value;
+    const T converted = value;
+    send(address, &converted, sizeof(T));
     yield();
+}
+template <typename T, typename V>
+void store_release(T* address, V value) {
+    release();
+    store(address, value);
 }
 template <typename T>
 T add(T* address, T value) {

@@ -10,16 +10,17 @@ import re
 _PTX = (
     (r"mov\.u64 %0, %%globaltimer;", "%0 = emu::now();"),
     (r"ld\.(relaxed|acquire)\.(sys|gpu)\.global\.u(32|64) %0, \[%1\];", "%0 = emu::load(%1);"),
-    (r"st\.(relaxed|release)\.sys\.global\.u(32|64) \[%0\], %1;", "emu::store(%0, %1);"),
-    (r"atom\.add\.acq_rel\.gpu\.global\.u32 %0, \[%1\], %2;", "%0 = emu::add(%1, %2);"),
-    (r"red\.release\.gpu\.global\.add\.u32 \[%0\], %1;", "emu::add(%0, %1);"),
+    (r"st\.relaxed\.sys\.global\.u(32|64) \[%0\], %1;", "emu::store(%0, %1);"),
+    (r"st\.release\.sys\.global\.u(32|64) \[%0\], %1;", "emu::store_release(%0, %1);"),
+    (r"atom\.add\.acq_rel\.gpu\.global\.u32 %0, \[%1\], %2;", "emu::release(); %0 = emu::add(%1, %2);"),
+    (r"red\.release\.gpu\.global\.add\.u32 \[%0\], %1;", "emu::release(); emu::add(%0, %1);"),
     (
         r"ld\.global\.L1::no_allocate\.v4\.u32 {%0, %1, %2, %3}, \[%4\];",
         "const auto& from = *%4; %0 = from.word[0], %1 = from.word[1], %2 = from.word[2], %3 = from.word[3];",
     ),
     (
         r"{ \.reg \.b128 v; mov\.b128 v, {%1, %2}; st\.relaxed\.sys\.global\.b128 \[%0\], v; }",
-        "const uint64_t halves[2] = {%1, %2}; memcpy(%0, halves, 16); emu::yield();",
+        "const uint64_t halves[2] = {%1, %2}; emu::send(%0, halves, 16); emu::yield();",
     ),
     (
         r"{ \.reg \.b128 v; ld\.relaxed\.sys\.global\.b128 v, \[%2\]; mov\.b128 {%0, %1}, v; }",
@@ -30,7 +31,7 @@ _PTX = (
         r"{ \.reg \.pred mine, some; setp\.ne\.u32 mine, %1, 0; bar\.red\.or\.pred some, %2, %3, mine; .*}",
         "%0 = emu::barrier(%2, %3, %1 != 0);",
     ),
-    (r"fence\.acq_rel\.sys;", ""),
+    (r"fence\.acq_rel\.sys;", "emu::release();"),
     (r"cvt\.rn\.bf16x2\.f32 %0, %1, %2;", "%0 = emu::bf16_of(%1) << 16 | emu::bf16_of(%2);"),
     (r"max\.bf16x2 %0, %0, %1;", "%0 = emu::max_bf16x2(%0, %1);"),
 )
