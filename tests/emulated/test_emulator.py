@@ -34,7 +34,7 @@ _COUNTS = "await_counts(args, call, threadIdx.x + kLlThreads"
     [
         ("*part_at(share, i) = {};", "", None),
         ("slots[first[t] + place.vec[i]] = {};", "", None),
-        ("ranks_of(call, choices) &", "(threadIdx.x % 2 ? 0 : ranks_of(call, choices)) &", "meet at different places"),
+        ("= ranks_of(call, choices)", "= threadIdx.x % 2 ? 0 : ranks_of(call, choices)", "meet at different places"),
         (_COUNTS, f"if (threadIdx.x == 7) return;\n{_COUNTS}", "wait for each other"),
     ],
 )
