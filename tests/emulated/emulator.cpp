@@ -105,10 +105,13 @@ void abandon() {
     under_way.clear();
 }
 
-// One turn for every fiber of a block that has something to do.
+// One turn for every fiber of a block that has something to do; who is first is not always thread 0.
 bool turn(Block& block) {
     bool has_moved = false;
-    for (Fiber& fiber : block.fibers) {
+    const size_t count = block.fibers.size(), first = random_number() % count;
+    const bool is_backwards = random_number() % 2 != 0;
+    for (size_t i = 0; i < count; ++i) {
+        Fiber& fiber = block.fibers[(first + (is_backwards ? count - i : i)) % count];
         if (fiber.is_done || (fiber.waits_for != nullptr && *fiber.waits_for == fiber.last)) continue;
         fiber.waits_for = nullptr;
         current = &fiber;
