@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from emulator import Emulator
+from fake_gpu import FakeKernel, fake_gpu
 
 from deepep.backends.base import CombineRequest, CombineResult, DispatchRequest, DispatchResult, Layout, Reduction
 from deepep.cuda import driver, jit, ll_engine
 from deepep.cuda.ll_engine import LowLatencyEngine, Settings
 from deepep.cuda.ll_structs import LlState, Shape, divide
-from deepep.quant import SfFormat, fp8_cast, logfmt_roundtrip
-
-
-class FakeKernel:
-    """A kernel as grids and launches see it."""
-
-    shared_bytes = 16 << 10
-
-    def __init__(self, handle: int) -> None:
-        self.handle = handle
-
-    def set_max_smem(self, num_bytes: int) -> None:
-        """Shared memory is as large as asked for."""
-
-    def blocks_per_sm(self, _num_threads: int, _smem: int) -> int:
-        return 1
+from deepep.handle import make_low_latency_handle
+from deepep.quant import SfFormat
+from deepep.testing.checks_buffer import Scene
+from deepep.testing.checks_low_latency import compare, padded_outputs
+from deepep.testing.oracle import make_route
+from deepep.testing.oracle_low_latency import expected_low_latency_combine, mask_ranks
+from deepep.testing.routing import Case
+from deepep.testing.target import Findings
 
 
 class World:
@@ -52,9 +46,8 @@ class World:
         timeout: float = 1e6,
         is_shrinkable: bool = False,
     ) -> None:
-        limits = {"CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT": num_sms}
+        fake_gpu(monkeypatch, num_sms)
         monkeypatch.setattr(jit, "load", lambda spec, _device: FakeKernel(emulator.handle(spec.name)))
-        monkeypatch.setattr(driver, "device_attribute", lambda name, _device: limits.get(name, 227 << 10))
         monkeypatch.setattr(driver, "can_start_early", lambda _device: False)
         monkeypatch.setattr(driver, "ensure_context", lambda _device: None)
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _device: 0, raising=False)
@@ -92,39 +85,41 @@ class World:
 
 
 class Step:
-    """A dispatch and a combine of every rank, and what they have to give by plain loops.
+    """A dispatch and a combine of every rank, and what the oracle says of them.
 
     Args:
         world: where.
         num_tokens: T of each rank.
         seed: of tokens, choices and expert outputs.
-        density: how many choices are experts at all.
+        pattern: how tokens choose experts, one of `deepep.testing.routing.PATTERNS`.
     """
 
-    def __init__(self, world: World, num_tokens: list[int], seed: int, density: float = 0.8) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.world, shape = world, world.shape
-        self.x, self.topk_idx, self.topk_weights = [], [], []
-        for count in num_tokens:
-            scores = torch.rand((count, shape.num_experts), generator=generator)
-            missing = torch.rand((count, shape.num_topk), generator=generator) >= density
-            self.x.append(torch.randn((count, shape.hidden), generator=generator).bfloat16())
-            self.topk_idx.append(scores.topk(shape.num_topk, dim=1).indices.masked_fill(missing, -1))
-            self.topk_weights.append(torch.rand((count, shape.num_topk), generator=generator))
-        room = shape.num_ranks * shape.num_max_tokens
-        self.y = torch.randn((shape.num_experts, room, shape.hidden), generator=generator).bfloat16()
+    def __init__(self, world: World, num_tokens: Sequence[int], seed: int, pattern: str = "holes") -> None:
+        shape = world.shape
+        case = Case(
+            tuple(num_tokens),
+            hidden=shape.hidden,
+            num_experts=shape.num_experts,
+            num_topk=shape.num_topk,
+            num_max_tokens_per_rank=shape.num_max_tokens,
+            pattern=pattern,
+            seed=seed,
+        )
+        self.world, self._scene = world, Scene.of(case, 0)
+        self._inputs, self._outputs = self._scene.inputs, padded_outputs(self._scene)
 
     def dispatch(
         self, rank: int, sf_format: SfFormat | None = None, weights_ahead: bool = False, split: bool = False
     ) -> DispatchResult:
         """Launch a rank's dispatch."""
+        mine, shape = self._inputs[rank], self.world.shape
         request = DispatchRequest(
-            self.x[rank],
+            mine.x,
             None,
-            self.topk_idx[rank],
-            self.topk_weights[rank] if weights_ahead else None,
-            self.world.shape.num_experts,
-            num_max_tokens_per_rank=self.world.shape.num_max_tokens,
+            mine.topk_idx,
+            mine.topk_weights if weights_ahead else None,
+            shape.num_experts,
+            num_max_tokens_per_rank=shape.num_max_tokens,
             layout=Layout.PADDED,
             sf_format=sf_format,
             split_phases=split,
@@ -140,53 +135,28 @@ class Step:
         use_logfmt: bool = False,
     ) -> CombineResult:
         """Launch a rank's combine."""
-        num_local = self.world.shape.num_local_experts
-        x = self.y[rank * num_local : (rank + 1) * num_local]
+        mine, x = self._inputs[rank], self._outputs[rank]
         request = CombineRequest(
             x,
             dispatched.routing,
-            scale_topk_idx=self.topk_idx[rank],
-            scale_topk_weights=self.topk_weights[rank],
+            scale_topk_idx=mine.topk_idx,
+            scale_topk_weights=mine.topk_weights,
             reduction=reduction,
             use_logfmt=use_logfmt,
             split_phases=split,
         )
         return self.world.on(rank).combine(request, x)
 
-    def rows(self, expert: int, gone: tuple[int, ...] = ()) -> list[tuple[int, int]]:
-        """The (source, token) that come to an expert, in order."""
-        return [
-            (source, token)
-            for source in range(self.world.shape.num_ranks)
-            if source not in gone
-            for token in range(len(self.x[source]))
-            if expert in self.topk_idx[source][token]
-        ]
-
     def check_dispatch(
         self, rank: int, got: DispatchResult, sf_format: SfFormat | None = None, gone: tuple[int, ...] = ()
     ) -> None:
-        """Compare what a rank received, bit for bit."""
-        num_local = self.world.shape.num_local_experts
-        for local in range(num_local):
-            rows = self.rows(rank * num_local + local, gone)
-            tensors: Any = (got.num_recv_tokens_per_expert, got.src_info, got.layout_range)
-            counts, src_info, layout_range = tensors
-            assert int(counts[local]) == len(rows)
-            assert src_info[local, : len(rows)].tolist() == [token for _, token in rows]
-            for source in range(self.world.shape.num_ranks):
-                begin, count = int(layout_range[local, source]) >> 32, int(layout_range[local, source]) & 0xFFFFFFFF
-                assert rows[begin : begin + count] == [row for row in rows if row[0] == source]
-            if not rows:
-                continue
-            want = torch.stack([self.x[source][token] for source, token in rows])
-            if sf_format is None:
-                assert torch.equal(got.x[local, : len(rows)].view(torch.int16), want.view(torch.int16))
-                continue
-            want_x, want_sf = fp8_cast(want, sf_format)
-            assert got.sf is not None
-            assert torch.equal(got.x[local, : len(rows)].view(torch.uint8), want_x.view(torch.uint8))
-            assert torch.equal(got.sf[local, : len(rows)].view(torch.int32), want_sf.view(torch.int32))
+        """Compare what a rank received with the oracle, bit for bit."""
+        found = Findings(rank)
+        payload = got.x if got.sf is None else (got.x, got.sf)
+        handle = make_low_latency_handle(got, self.world.shape.hidden, owner=0)
+        received = (payload, got.num_recv_tokens_per_expert, handle)
+        compare(found, self._seen_by(rank, gone), received, sf_format and sf_format.value)
+        found.finish()
 
     def expected_combine(
         self,
@@ -195,26 +165,14 @@ class Step:
         gone: tuple[int, ...] = (),
         use_logfmt: bool = False,
     ) -> torch.Tensor:
-        """What a rank's combine gives: per owner in fp32 and rounded, then in the order of each owner's last choice."""
-        per_rank = reduction is Reduction.PER_RANK
-        num_local = self.world.shape.num_local_experts
-        out = torch.zeros_like(self.x[rank])
-        for token, choices in enumerate(self.topk_idx[rank].tolist()):
-            sums: dict[int, torch.Tensor] = {}
-            for k, expert in enumerate(choices):
-                owner = expert // num_local
-                if expert < 0 or owner in gone:
-                    continue
-                place = self.rows(expert, gone).index((rank, token))
-                row = self.y[expert, place]
-                sent = logfmt_roundtrip(row[None])[0] if use_logfmt and not per_rank else row
-                term = self.topk_weights[rank][token, k] * sent.float()
-                key = owner if per_rank else k
-                before = sums.pop(key, torch.zeros(self.world.shape.hidden))
-                sums[key] = before + term
-            total = torch.zeros(self.world.shape.hidden)
-            for part in sums.values():
-                rounded = logfmt_roundtrip(part.bfloat16()[None])[0] if use_logfmt else part.bfloat16()
-                total = total + (rounded.float() if per_rank else part)
-            out[token] = total.bfloat16()
-        return out
+        """What a rank's combine gives: [T, H]."""
+        scene = self._seen_by(rank, gone)
+        return expected_low_latency_combine(
+            scene.route, scene.inputs, self._outputs, rank, reduction=reduction.value, use_logfmt=use_logfmt
+        )
+
+    def _seen_by(self, rank: int, gone: tuple[int, ...]) -> Scene:
+        inputs, num_experts = self._inputs, self.world.shape.num_experts
+        if gone:
+            inputs = mask_ranks(inputs, num_experts, gone)
+        return replace(self._scene, rank=rank, inputs=inputs, route=make_route(inputs, num_experts))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from fake_gpu import FakeKernel, fake_gpu
 
-from deepep.cuda import driver
 from deepep.cuda.ll_grid import MAX_TEAM, MIN_TEAM, DispatchGrid, Grids
 from deepep.cuda.ll_structs import Shape
 
@@ -14,23 +14,9 @@ NUM_SMS, DISPATCH, COMBINE = 132, 1, 2
 ROW_VECS = 7168 // 16
 
 
-class FakeKernel:
-    shared_bytes = 8 << 10
-
-    def __init__(self, handle: int) -> None:
-        self.handle = handle
-
-    def set_max_smem(self, num_bytes: int) -> None:
-        pass
-
-    def blocks_per_sm(self, _num_threads: int, _smem: int) -> int:
-        return 1
-
-
 @pytest.fixture(autouse=True)
 def _an_h200(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = {"CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT": NUM_SMS}
-    monkeypatch.setattr(driver, "device_attribute", lambda name, _device: values.get(name, 227 << 10))
+    fake_gpu(monkeypatch, NUM_SMS)
 
 
 def make_grids(num_ranks: int, num_max_tokens: int, ranks_per_gpu: int = 1) -> Grids:
