@@ -14,18 +14,6 @@ constexpr uint32_t kLlBlocksPerSm = 1;
 constexpr uint32_t kLlBanks = 2;                                  // of the window
 constexpr uint32_t kCountingThread = kLlThreads - kWarpSize - 1;  // of a warp that has little else to do
 
-// For the state, which only its GPU looks at.
-__device__ __forceinline__ uint32_t load_relaxed_gpu(const uint32_t* address) {
-    uint32_t value;
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
-    return value;
-}
-__device__ __forceinline__ uint64_t load_relaxed_gpu(const uint64_t* address) {
-    uint64_t value;
-    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
-    return value;
-}
-
 // n / d where their product is less than 2^32. The host has made `magic` of d: 2^32 / d rounded up, 0 for 1.
 __device__ __forceinline__ uint32_t divide(uint32_t n, uint32_t magic) { return magic == 0 ? n : __umulhi(n, magic); }
 

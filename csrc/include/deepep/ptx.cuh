@@ -42,6 +42,18 @@ __device__ __forceinline__ void store_relaxed_sys(uint64_t* address, uint64_t va
     asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 }
 
+// For what only this GPU looks at.
+__device__ __forceinline__ uint32_t load_relaxed_gpu(const uint32_t* address) {
+    uint32_t value;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+}
+__device__ __forceinline__ uint64_t load_relaxed_gpu(const uint64_t* address) {
+    uint64_t value;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+    return value;
+}
+
 __device__ __forceinline__ uint32_t load_acquire_gpu(const uint32_t* address) {
     uint32_t value;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
