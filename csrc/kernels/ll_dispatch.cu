@@ -1,22 +1,23 @@
 // Low-latency dispatch: push each token once to every rank of its experts, into the slot [source][token] of the
 // receiver, and lay rows out per local expert there. A block first sends its tokens, then its teams receive rows; the
-// two phases may also be two launches. Where there are few tokens, blocks share a row. All of a grid runs at once,
-// since blocks wait for rows and counts of their own rank.
+// two phases may also be two launches. Where there are few tokens, blocks share a row; where there are many, rows that
+// stay on this rank skip the window. All of a grid runs at once, since blocks wait for rows and counts of their own
+// rank.
+#include <deepep/ll_push.cuh>
 #include <deepep/ll_receive.cuh>
 
 namespace deepep {
 namespace {
 
 template <bool kFp8>
-__device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table) {
-    __shared__ Stay stays[kKeptTokens][kMostChoices];
+__device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table, uint32_t* counts) {
     __shared__ Arrivals from;
     const LlCommon& common = args.common;
     const uint64_t credits = common.window.dispatch_credits;
     const Range range(args);
     const bool is_sending = (common.phases & kLlSend) != 0, is_receiving = (common.phases & kLlRecv) != 0;
-    Stay(*kept)[kMostChoices] = args.keeps_own ? stays : nullptr;
-    Outgoing<kFp8> last;
+    const bool has_tokens = is_sending && range.begin < range.end;
+    Taker<kFp8> taker(args);
     from.init();
     if (is_sending) {
         const uint32_t num_earlier = range.part == 0 ? range.begin : 0;
@@ -24,7 +25,7 @@ __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table) {
         const Scan scan = load_scan(args, 0, num_scanned);
         Held held;
         Choices choices;
-        if (range.begin < range.end) {
+        if (has_tokens) {
             choices = load_choices(args, range.begin);
             held = load_unit<kFp8>(args, range.begin, range.first_unit);
         }
@@ -36,15 +37,17 @@ __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table) {
         if (range.is_publisher) {
             publish_counts(args, call, table);
             __syncthreads();
-            if (range.begin < range.end) clear(args, table);
+            if (has_tokens) clear(args, table);
         }
-        last = send<kFp8>(args, call, range, held, choices, table, kept);
-        __syncthreads();
+        send<kFp8>(args, call, range, held, choices, table, counts, from, [&] {
+            taker.start_first(args, call);
+            taker.load(args);
+        });
     } else {
         call.prepare(credits, common.call_epoch);
         call.begin(common.call_epoch);
     }
-    if (is_receiving) receive<kFp8>(args, call, range, last, table, kept, from);
+    if (is_receiving) receive<kFp8>(args, call, taker, counts, from, args.keeps_own && has_tokens);
     call.end();
 }
 
@@ -54,13 +57,13 @@ __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table) {
 extern "C" __global__ void __launch_bounds__(deepep::kLlThreads, deepep::kLlBlocksPerSm)
     ll_dispatch_kernel(const __grid_constant__ deepep::LlDispatchArgs args) {
     using namespace deepep;
-    extern __shared__ uint32_t table[];
+    extern __shared__ uint32_t tables[];  // [2, E]: of what is sent, and of what comes
     __shared__ LlShared shared;
     await_previous_kernel();
     LlCall call(args.common, kLlDispatch, shared);
     if (args.sf_format == kSfNone) {
-        run<false>(args, call, table);
+        run<false>(args, call, tables, tables + args.common.shape.num_experts);
     } else {
-        run<true>(args, call, table);
+        run<true>(args, call, tables, tables + args.common.shape.num_experts);
     }
 }

@@ -56,7 +56,7 @@ class Grids:
         self, shape: Shape, device: int, ranks_per_gpu: int, dispatch: jit.Kernel, combine: jit.Kernel
     ) -> None:
         self._shape = shape
-        self.table_bytes = 4 * shape.num_experts
+        self.table_bytes = 2 * 4 * shape.num_experts
         if self.table_bytes > 48 << 10:
             dispatch.set_max_smem(self.table_bytes)
         self._can_keep_own = self._prepare_own_sums(combine, device)
@@ -97,7 +97,6 @@ class Grids:
         num_blocks = _num_blocks(most, tokens, num_rows * recv_parts, MAX_TEAM if recv_parts > 1 else team)
         send_parts = _parts(num_blocks - 1, tokens, recv_parts)
         tokens_per_block = -(-num_tokens // max(num_blocks - 1, 1))
-        keeps_own = keeps_own and tokens_per_block <= ll_structs.KEPT_TOKENS
         return DispatchGrid(num_blocks, team, tokens_per_block, keeps_own, send_parts, recv_parts)
 
     def _combine(self, num_tokens: int, num_sms: int, is_per_copy: bool, split_phases: bool) -> CombineGrid:

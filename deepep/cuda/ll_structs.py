@@ -13,8 +13,6 @@ MAX_RANKS = 64
 MAX_TOPK = 64
 NUM_BANKS = 2
 NUM_THREADS = 512
-KEPT_TOKENS = 4
-"""Tokens a block of dispatch sends at most, if rows that stay on the rank are to skip the window."""
 SEND, RECV = 1, 2
 BAD_INDEX, NOT_CLEANED = 4, 5
 

@@ -19,9 +19,9 @@ def _an_h200(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpu(monkeypatch, NUM_SMS)
 
 
-def make_grids(num_ranks: int, num_max_tokens: int, ranks_per_gpu: int = 1) -> Grids:
+def make_grids(num_ranks: int, num_max_tokens: int, ranks_per_gpu: int = 1, hidden: int = 7168) -> Grids:
     kernels: Any = FakeKernel(DISPATCH), FakeKernel(COMBINE)
-    return Grids(Shape(num_ranks, 256, 8, num_max_tokens, 7168), 0, ranks_per_gpu, *kernels)
+    return Grids(Shape(num_ranks, 256, 8, num_max_tokens, hidden), 0, ranks_per_gpu, *kernels)
 
 
 def test_few_rows_have_a_block_each_or_several() -> None:
@@ -47,6 +47,7 @@ def test_a_short_row_is_not_shared() -> None:
 def test_more_rows_than_blocks_leave_out_those_that_stay() -> None:
     assert make_grids(2, 128).dispatch(128, 0, ROW_VECS, False) == DispatchGrid(129, MAX_TEAM, 1, keeps_own=True)
     assert make_grids(2, 4096).dispatch(129, 0, ROW_VECS, False) == DispatchGrid(132, MAX_TEAM // 2, 1, keeps_own=True)
+    assert make_grids(2, 4096).dispatch(2000, 0, ROW_VECS, False).keeps_own
     assert make_grids(2, 128).combine(128, 0, False, False)[:2] == (129, MAX_TEAM)
 
 

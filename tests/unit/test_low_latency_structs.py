@@ -51,12 +51,6 @@ def test_limits_agree(constant: str, value: int) -> None:
     assert int(found.group(1)) == value == ll_structs.MAX_RANKS == ll_structs.MAX_TOPK
 
 
-def test_rows_that_stay_are_kept_by_as_many_tokens_as_kernels_have_room_for() -> None:
-    found = re.search(r"kKeptTokens = (\d+)", (source_root() / "include" / "deepep" / "ll_rows.cuh").read_text())
-    assert found is not None
-    assert int(found.group(1)) == ll_structs.KEPT_TOKENS
-
-
 @pytest.mark.parametrize("divisor", [*range(1, 65), 100, 1000, 4097, (1 << 16) - 1])
 def test_multiplication_divides(divisor: int) -> None:
     end = (1 << 32) // divisor

@@ -11,6 +11,7 @@ constexpr uint32_t kPartsAtOnce = 2;  // vectors of a row per thread, as far apa
 // A team's place among those that share a row: where there are few rows, each of them is stored by several blocks.
 struct Share {
     uint32_t part, threads, thread;
+    Share() = default;
     __device__ Share(const LlDispatchArgs& args, const Team& team, uint32_t number)
         : part(number & (args.recv_parts - 1)),
           threads(team.threads * args.recv_parts),
@@ -32,6 +33,7 @@ struct Arrival {
     uint32_t first;    // vector of the row
     uint8_t* slot;
 
+    Arrival() = default;
     // The part from vector `base` of all teams on.
     __device__ Arrival(const LlDispatchArgs& args, const LlCall& call, const Team& team, const Share& share,
                        const Item& item, uint32_t base)
@@ -55,8 +57,8 @@ struct Arrival {
     }
     __device__ __forceinline__ bool misses(uint32_t bit) const { return (missing >> bit & 1) != 0; }
 
-    // Look once at what is missing, all loads in one trip.
-    __device__ __forceinline__ void look(const LlShape& shape, uint32_t epoch, const Team& team, const Share& share) {
+    // Load what is missing, all of it in one trip.
+    __device__ __forceinline__ void load(const LlShape& shape, const Team& team, const Share& share) {
 #pragma unroll
         for (uint32_t i = 0; i < kPartsAtOnce; ++i) {
             if (misses(i)) part[i] = load_b128(part_at(share, i));
@@ -68,6 +70,10 @@ struct Arrival {
         if (misses(kChoiceBit)) {
             choice = load_b128(reinterpret_cast<const Vec16*>(slot + shape.choice_offset) + team.thread);
         }
+    }
+
+    // Of what was loaded, see what is there.
+    __device__ __forceinline__ void look(uint32_t epoch) {
         uint32_t left = 0;
 #pragma unroll
         for (uint32_t i = 0; i < kPartsAtOnce; ++i) {
@@ -92,17 +98,20 @@ struct Arrival {
     }
 };
 
-// By each thread: wait for its part of a token and, with `table`, for the thread's first word among the counts, side by
-// side. It stays missing if the source has fewer tokens, the token does not come here, or the rank is lost.
+// By each thread: wait for its part of a token, which may have been loaded once already, and, with `table`, for the
+// thread's first word among the counts, side by side. It stays missing if the source has fewer tokens, the token does
+// not come here, or the rank is lost.
 template <bool kFp8>
 __device__ void await_token(const LlDispatchArgs& args, const LlCall& call, const Team& team, const Share& share,
-                            const Item& item, Arrival<kFp8>& arrival, uint32_t* table, Arrivals* from) {
+                            const Item& item, Arrival<kFp8>& arrival, uint32_t* table, Arrivals* from,
+                            bool is_loaded = false) {
     constexpr uint32_t kSpinsPerCheck = 64;
     const LlCommon& common = args.common;
     const uint64_t* header = call.own_word(common.window.headers, item.source);
     const uint64_t* absent = call.own_word(common.window.absent, item.slot);
     const uint64_t start = common.wait_stats != 0 ? global_timer_ns() : 0;
     const uint32_t index = threadIdx.x;
+    if (is_loaded) arrival.look(call.epoch);
     const bool has_word = table != nullptr && index < Announced::count(common.shape);
     const Announced announced(args, call, has_word ? index : 0);
     bool waits_for_word = has_word, waits_for_token = arrival.missing != 0 && !call.is_masked(item.source);
@@ -114,7 +123,8 @@ __device__ void await_token(const LlDispatchArgs& args, const LlCall& call, cons
         if (waits_for_token) {
             seen_header = load_relaxed_sys(header);
             seen_absent = load_relaxed_sys(absent);
-            arrival.look(common.shape, call.epoch, team, share);
+            arrival.load(common.shape, team, share);
+            arrival.look(call.epoch);
             waits_for_token = arrival.missing != 0;
             if (waits_for_token) {
                 const bool is_beyond = item.token >= tokens_of(static_cast<uint32_t>(seen_header));

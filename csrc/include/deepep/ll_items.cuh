@@ -27,4 +27,9 @@ struct Item {
     }
 };
 
+// Where an item comes in, inside a window.
+__device__ __forceinline__ uint64_t slot_of(const LlShape& shape, const LlWindow& window, uint64_t number) {
+    return window.dispatch_slots + number * shape.slot_bytes;
+}
+
 }  // namespace deepep

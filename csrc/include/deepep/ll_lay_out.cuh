@@ -1,7 +1,8 @@
-// Low-latency dispatch lays out rows per expert: counts, places, and the tokens that never left their rank.
+// Low-latency dispatch lays out rows per expert: counts, places, stores.
 #pragma once
 
-#include <deepep/ll_push.cuh>
+#include <deepep/ll_items.cuh>
+#include <deepep/ll_rows.cuh>
 
 namespace deepep {
 
@@ -37,12 +38,12 @@ struct Announced {
 
 // Wait for the headers and counts of all sources from the thread's `first` on; `table` [R, L] gets the counts.
 __device__ void await_counts(const LlDispatchArgs& args, const LlCall& call, uint32_t first, uint32_t* table,
-                             Arrivals& from) {
+                             Arrivals& from, bool is_early = false) {
 #pragma unroll 1
     for (uint32_t i = first; i < Announced::count(args.common.shape); i += kLlThreads) {
         const Announced announced(args, call, i);
         uint32_t value = 0;
-        if (call.is_masked(announced.rank) || !call.wait(announced.rank, announced.word, value)) value = 0;
+        if (call.is_masked(announced.rank) || !call.wait(announced.rank, announced.word, value, is_early)) value = 0;
         announced.keep(i, value, table, from);
     }
 }
@@ -158,31 +159,6 @@ __device__ __forceinline__ void store_vec(const LlDispatchArgs& args, const Rows
 __device__ void forget_token(const LlDispatchArgs& args, const Item& item, uint32_t k) {
     const uint32_t num_topk = args.common.shape.num_topk;
     if (k < num_topk) pointer<int32_t>(args.common.routes)[item.slot * num_topk + k] = -1;
-}
-
-// By the whole block: lay out the rows of its own tokens that stay here while others' are on their way. `out` is a
-// thread's part of the last token; the others are cast once more.
-template <bool kFp8>
-__device__ void keep_tokens(const LlDispatchArgs& args, const Range& range, Outgoing<kFp8> out, const uint32_t* table,
-                            const Stay (*stays)[kMostChoices], Rows* kept) {
-    const LlShape& shape = args.common.shape;
-    Held held;
-    if (range.end - range.begin > 1) held = load_unit<kFp8>(args, range.end - 2, threadIdx.x);
-    const uint32_t place = threadIdx.x / kMostChoices, k = threadIdx.x % kMostChoices, token = range.begin + place;
-    if (token < range.end) {
-        const Stay stay = k < shape.num_topk ? stays[place][k] : Stay{-1, 0};
-        const Vec16 choice = {{static_cast<uint32_t>(stay.expert), stay.position, 0, 0}};
-        list_rows<kFp8>(args, Item(shape, shape.rank, token), choice, table, k, kept[place]);
-    }
-    __syncthreads();
-    for (uint32_t own = range.end; own-- > range.begin;) {
-        for_each_vec<kFp8>(args, own, threadIdx.x, out, [&](uint32_t vec, const Vec16& value, uint32_t sf) {
-            store_vec<kFp8>(args, kept[own - range.begin], vec, value, sf);
-        });
-        if (own == range.begin) return;
-        cast_unit(args, held, out);
-        if (own - 1 != range.begin) held = load_unit<kFp8>(args, own - 2, threadIdx.x);
-    }
 }
 
 }  // namespace deepep

@@ -1,9 +1,9 @@
 // The sending half of low-latency dispatch: counts to every rank, each token once to every rank of its experts. Every
-// warp finds the ranks of a token by itself, so that warps need not meet.
+// warp finds the ranks of a token by itself, so that warps need not meet. Rows that stay on their rank may skip the
+// window: they are laid out from the registers they were cast in, while others are on their way.
 #pragma once
 
-#include <deepep/ll_items.cuh>
-#include <deepep/ll_rows.cuh>
+#include <deepep/ll_lay_out.cuh>
 
 namespace deepep {
 
@@ -103,12 +103,6 @@ __device__ __forceinline__ void find_owners(const LlShape& shape, Choices& choic
     }
 }
 
-// A choice that stays on this rank.
-struct Stay {
-    int32_t expert;  // local number, -1 if it does not
-    uint32_t position;
-};
-
 // By a warp: the ranks that a token goes to. Choices of masked ranks are struck out.
 __device__ __forceinline__ Bits ranks_of(const LlCall& call, Choices& choices) {
     Bits mine = 0;
@@ -141,20 +135,14 @@ __device__ __forceinline__ Positions number_choices(const Choices& choices, uint
     return positions;
 }
 
-// By the address warp, once others were told: keep a token's choices for combine. `stays`, if there is one, gets those
-// of this rank's own experts.
-__device__ __forceinline__ void keep_choices(const LlDispatchArgs& args, uint32_t token, const Choices& choices,
-                                             const Positions& positions, Stay* stays) {
-    const LlShape& shape = args.common.shape;
+// By the address warp, once others were told: keep a token's choices for combine.
+__device__ __forceinline__ void keep_choices(const LlDispatchArgs& args, uint32_t token, const Choices& choices) {
+    const uint32_t num_topk = args.common.shape.num_topk;
 #pragma unroll
     for (uint32_t i = 0; i < kWords; ++i) {
         const uint32_t k = lane_index() + i * kWarpSize;
         const int32_t expert = choices.owner[i] < 0 ? -1 : choices.expert[i];
-        if (k >= shape.num_topk) continue;
-        pointer<int32_t>(args.common.home_topk)[token * shape.num_topk + k] = expert;
-        const int32_t local = expert - static_cast<int32_t>(shape.rank * shape.num_local_experts);
-        const bool is_here = choices.owner[i] == static_cast<int32_t>(shape.rank);
-        if (stays != nullptr) stays[k] = {is_here ? local : -1, positions.of[i]};
+        if (k < num_topk) pointer<int32_t>(args.common.home_topk)[token * num_topk + k] = expert;
     }
 }
 
@@ -182,13 +170,22 @@ struct Range {
     }
 };
 
-__device__ __forceinline__ uint64_t slot_of(const LlShape& shape, const LlWindow& window, uint64_t number) {
-    return window.dispatch_slots + number * shape.slot_bytes;
+// By the address warp, once `counts` are there: list the rows that a token gets on this rank.
+template <bool kFp8>
+__device__ void list_own(const LlDispatchArgs& args, const Item& item, const Choices& choices,
+                         const Positions& positions, const uint32_t* counts, Rows& rows) {
+    const int32_t rank = static_cast<int32_t>(args.common.shape.rank);
+#pragma unroll
+    for (uint32_t i = 0; i < kWords; ++i) {
+        const LlChoice own = choice_for(args.common.shape, rank, choices, i, positions, 0);
+        const Vec16 choice = {{static_cast<uint32_t>(own.expert), own.position, 0, 0}};
+        list_rows<kFp8>(args, item, choice, counts, lane_index() + i * kWarpSize, rows);
+    }
 }
 
 // By the address warp: the token's choices, to its ranks; the others learn that it does not come.
-__device__ void push_choices(const LlDispatchArgs& args, const LlCall& call, const Item& item, const Choices& choices,
-                             Bits ranks, uint32_t* table, Stay* stays) {
+__device__ Positions push_choices(const LlDispatchArgs& args, const LlCall& call, const Item& item,
+                                  const Choices& choices, Bits ranks, uint32_t* table) {
     const LlShape& shape = args.common.shape;
     const LlWindow& window = args.common.window;
     const uint32_t lane = lane_index();
@@ -211,7 +208,8 @@ __device__ void push_choices(const LlDispatchArgs& args, const LlCall& call, con
     for (uint32_t rank = lane; rank < shape.num_ranks; rank += kWarpSize) {
         if (!has_bit(ranks, rank) && !call.is_masked(rank)) call.signal(rank, window.absent, item.slot, 0);
     }
-    keep_choices(args, item.token, choices, positions, stays);
+    keep_choices(args, item.token, choices);
+    return positions;
 }
 
 // By the whole block: a row and its scale factors, `out` being a thread's first part of it.
@@ -233,29 +231,44 @@ __device__ __forceinline__ void push_row(const LlDispatchArgs& args, const LlCal
 }
 
 // `table` holds how often the tokens before the range choose each expert; `held` and `choices` are of the first token.
-// With `stays` [.., K] the choices of this rank's own experts are left to receive(). Returns the last token's part.
-template <bool kFp8>
-__device__ Outgoing<kFp8> send(const LlDispatchArgs& args, const LlCall& call, const Range& range, Held held,
-                               Choices choices, uint32_t* table, Stay (*stays)[kMostChoices]) {
-    const Bits kept = stays != nullptr ? Bits{1} << args.common.shape.rank : 0;
+// Where rows of this rank's own skip the window, each is laid out once the token is sent, the first one when `counts`
+// are there; meanwhile() is called before the last one is stored.
+template <bool kFp8, typename Meanwhile>
+__device__ void send(const LlDispatchArgs& args, const LlCall& call, const Range& range, Held held, Choices choices,
+                     uint32_t* table, uint32_t* counts, Arrivals& from, Meanwhile meanwhile) {
+    __shared__ Rows listed[2];
+    const LlShape& shape = args.common.shape;
+    const Bits kept = args.keeps_own ? Bits{1} << shape.rank : 0;
+    const bool is_addressing = warp_index() == kAddressWarp && range.part == 0;
     Outgoing<kFp8> out;
 #pragma unroll 1
     for (uint32_t token = range.begin; token < range.end; ++token) {
-        const Item item(args.common.shape, args.common.shape.rank, token);
+        const Item item(shape, shape.rank, token);
+        const bool is_first = token == range.begin;
+        if (!is_first) find_owners(shape, choices);  // no sooner: it would wait for their loads
         const Bits ranks = ranks_of(call, choices) & ~kept;
-        if (warp_index() == kAddressWarp && range.part == 0) {
-            push_choices(args, call, item, choices, ranks, table,
-                         stays != nullptr ? stays[token - range.begin] : nullptr);
-        }
+        const Choices mine = choices;
+        Positions positions{};
+        if (is_addressing) positions = push_choices(args, call, item, mine, ranks, table);
         cast_unit(args, held, out);
         if (token + 1 < range.end) {
             choices = load_choices(args, token + 1);
             held = load_unit<kFp8>(args, token + 1, range.first_unit);
-            find_owners(args.common.shape, choices);
         }
         push_row<kFp8>(args, call, item, range.first_unit, out, ranks);
+        if (!args.keeps_own) continue;
+        Rows& rows = listed[token % 2];
+        if (is_first) {
+            await_counts(args, call, threadIdx.x, counts, from, true);
+            __syncthreads();
+        }
+        if (is_addressing) list_own<kFp8>(args, item, mine, positions, counts, rows);
+        if (token + 1 == range.end) meanwhile();
+        __syncthreads();
+        for_each_vec<kFp8>(args, token, range.first_unit, out, [&](uint32_t vec, const Vec16& value, uint32_t sf) {
+            store_vec<kFp8>(args, rows, vec, value, sf);
+        });
     }
-    return out;
 }
 
 }  // namespace deepep

@@ -5,48 +5,65 @@
 
 namespace deepep {
 
-// Each team's first token is waited for beside the counts. With `stays` this rank's own rows are laid out first
-// instead, as soon as counts are there.
+// What a team takes in, one token or a share of one after the other.
 template <bool kFp8>
-__device__ void receive(const LlDispatchArgs& args, const LlCall& call, const Range& range, const Outgoing<kFp8>& last,
-                        uint32_t* table, const Stay (*stays)[kMostChoices], Arrivals& from) {
-    __shared__ Rows listed[kLlMaxTeams][2];
-    __shared__ Rows kept[kKeptTokens];
-    const LlShape& shape = args.common.shape;
-    const Sources sources(shape, stays != nullptr);
-    const Team team(args.common.team_threads);
+struct Taker {
+    const Team team;
+    const Sources sources;
+    uint32_t number;
+    Share share;
+    Item item;
+    Arrival<kFp8> arrival;
+
     // Neighbouring numbers go to different blocks: a multiprocessor stores only so fast.
-    uint32_t number = team.index * gridDim.x + blockIdx.x, turn = 0;
-    Share share(args, team, number);
-    Item item(shape, sources, Share::row_of(args, number));
-    Arrival<kFp8> arrival(args, call, team, share, item, 0);
-    bool is_waited_for = stays == nullptr;
-    if (is_waited_for) {
-        if (item.token >= shape.num_max_tokens) arrival.missing = 0;
-        await_token(args, call, team, share, item, arrival, table, &from);
-        await_counts(args, call, threadIdx.x + kLlThreads, table, from);
-        __syncthreads();
-    } else {
-        await_counts(args, call, threadIdx.x, table, from);
-        __syncthreads();
-        keep_tokens<kFp8>(args, range, last, table, stays, kept);
+    __device__ explicit Taker(const LlDispatchArgs& args)
+        : team(args.common.team_threads),
+          sources(args.common.shape, args.keeps_own),
+          number(team.index * gridDim.x + blockIdx.x) {}
+    __device__ void start(const LlDispatchArgs& args, const LlCall& call) {
+        share = Share(args, team, number);
+        item = Item(args.common.shape, sources, Share::row_of(args, number));
+        arrival = Arrival<kFp8>(args, call, team, share, item, 0);
     }
-    const uint32_t end = from.most_tokens * sources.count * args.recv_parts;
+    // The very first one, of which nobody knows yet whether there is room for such a token.
+    __device__ void start_first(const LlDispatchArgs& args, const LlCall& call) {
+        start(args, call);
+        if (Share::row_of(args, number) >= args.common.shape.num_max_tokens * sources.count) arrival.missing = 0;
+    }
+    __device__ void load(const LlDispatchArgs& args) { arrival.load(args.common.shape, team, share); }
+};
+
+// Each team's first token is waited for beside the counts or, where these are known, was started and loaded before.
+template <bool kFp8>
+__device__ void receive(const LlDispatchArgs& args, const LlCall& call, Taker<kFp8>& taker, uint32_t* counts,
+                        Arrivals& from, bool knows_counts) {
+    __shared__ Rows listed[kLlMaxTeams][2];
+    const Team& team = taker.team;
+    bool is_waited_for = !knows_counts, is_loaded = knows_counts;
+    if (!knows_counts) {
+        taker.start_first(args, call);
+        await_token(args, call, team, taker.share, taker.item, taker.arrival, counts, &from);
+        await_counts(args, call, threadIdx.x + kLlThreads, counts, from);
+        __syncthreads();
+    }
+    const uint32_t end = from.most_tokens * taker.sources.count * args.recv_parts;
+    uint32_t turn = 0;
 #pragma unroll 1
-    while (number < end) {
-        if (item.token < tokens_of(from.header[item.source])) {
-            if (!is_waited_for) await_token(args, call, team, share, item, arrival, nullptr, nullptr);
-            store_token<kFp8>(args, call, team, share, item, table, arrival, listed[team.index][turn]);
+    while (taker.number < end) {
+        if (taker.item.token < tokens_of(from.header[taker.item.source])) {
+            if (!is_waited_for) {
+                await_token(args, call, team, taker.share, taker.item, taker.arrival, nullptr, nullptr, is_loaded);
+            }
+            store_token<kFp8>(args, call, team, taker.share, taker.item, counts, taker.arrival,
+                              listed[team.index][turn]);
             turn ^= 1;
         }
-        number += team.global_count();
-        if (number >= end) break;
-        share = Share(args, team, number);
-        item = Item(shape, sources, Share::row_of(args, number));
-        arrival = Arrival<kFp8>(args, call, team, share, item, 0);
-        is_waited_for = false;
+        taker.number += team.global_count();
+        if (taker.number >= end) break;
+        taker.start(args, call);
+        is_waited_for = is_loaded = false;
     }
-    if (call.is_last_block()) report(args, table, from);
+    if (call.is_last_block()) report(args, counts, from);
 }
 
 }  // namespace deepep

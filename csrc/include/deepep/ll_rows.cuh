@@ -7,7 +7,6 @@
 namespace deepep {
 
 constexpr int kAddressWarp = kLlThreads / kWarpSize - 1;  // the one with the least of a row to cast
-constexpr uint32_t kKeptTokens = 4;  // a block sends at most, where rows that stay here skip the window
 
 // Vectors of a row as it is dispatched.
 template <bool kFp8>
