@@ -9,6 +9,7 @@ from deepep.cuda import driver, jit, ll_structs
 from deepep.cuda.ll_structs import Shape
 
 MIN_TEAM, MAX_TEAM = 128, ll_structs.NUM_THREADS
+_LISTING_THREADS, _VECS_PER_WORKER, _ROWS_PER_WORKER = 32, 2, 4
 _MOST_GRIDS = 256
 
 
@@ -120,12 +121,16 @@ class Grids:
             return CombineGrid(
                 num_blocks, team, 0, keeps_own=False, has_workers=False, debt_parts=debt_parts, home_parts=home_parts
             )
-        num_blocks = _num_blocks(most, tokens, num_foreign, usual_team)
+        has_workers = not is_per_copy
+        team = usual_team
+        if has_workers and usual_team == MIN_TEAM and self._shape.num_topk >= _ROWS_PER_WORKER * self._shape.num_ranks:
+            # Many tokens for every block, each with as many rows here as a worker loads at once.
+            team = _team_of_workers(self._shape.hidden // 8)
+        num_blocks = _num_blocks(most, tokens, num_foreign, team)
         # Between two launches the caller may change the rows, so then its own sums travel like the others.
         keeps_own = self._can_keep_own and not is_per_copy and not split_phases
-        smem = self._own_bytes(usual_team) if keeps_own else 0
-        has_workers = not is_per_copy
-        return CombineGrid(num_blocks, usual_team, smem, keeps_own, has_workers, debt_parts=1, home_parts=1)
+        smem = self._own_bytes(team) if keeps_own else 0
+        return CombineGrid(num_blocks, team, smem, keeps_own, has_workers, debt_parts=1, home_parts=1)
 
     def _most_blocks(self, blocks_per_sm: int, num_sms: int) -> int:
         return max(1, int(min(self._num_sms, num_sms or self._num_sms) * blocks_per_sm))
@@ -140,6 +145,17 @@ def _team(most: int, num_rows: int, row_vecs: int = MAX_TEAM) -> int:
     team = MAX_TEAM
     while team > MIN_TEAM and (team >= 2 * row_vecs or most * (MAX_TEAM // team) < num_rows):
         team //= 2
+    return team
+
+
+def _team_of_workers(row_vecs: int) -> int:
+    """Choose threads per team whose first ones only list and wait: the fewest that have all of a row under way.
+
+    Tokens have now two rows to add up, now six: the fewer the teams, the more of this evens out in each.
+    """
+    team = MIN_TEAM
+    while team < MAX_TEAM and _VECS_PER_WORKER * (team - _LISTING_THREADS) < row_vecs:
+        team *= 2
     return team
 
 

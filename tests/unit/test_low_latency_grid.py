@@ -69,6 +69,16 @@ def test_teams_share_a_row_while_there_is_a_block_for_each() -> None:
     assert make_grids(2, 128).combine(67, 0, True, False)[3:] == (False, False, 1, 1)
 
 
+@pytest.mark.parametrize(("hidden", "team"), [(64, 128), (1536, 128), (2048, 256), (4096, 512), (7168, 512)])
+def test_a_team_with_workers_has_a_row_under_way(hidden: int, team: int) -> None:
+    grid = make_grids(2, 4096, hidden=hidden).combine(4096, 0, False, False)
+    assert (grid.team, grid.smem) == (team, 512 // team * 2 * hidden)
+
+
+def test_teams_stay_small_where_a_token_has_few_rows() -> None:
+    assert make_grids(4, 4096).combine(4096, 0, False, False)[:2] == (NUM_SMS, MIN_TEAM)
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1, 7, 32, 128, 4000])
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8, 64])
 @pytest.mark.parametrize(("ranks_per_gpu", "num_sms"), [(1, 0), (1, 24), (2, 0), (8, 0), (8, 2), (200, 0)])
