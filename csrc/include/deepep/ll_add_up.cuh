@@ -65,7 +65,7 @@ __device__ void list_slots(const LlCombineArgs& args, const LlCall& call, const 
 // A thread's vectors of some terms of a token: which ones they are, and where among the token's slots.
 template <uint32_t kVecs>
 struct Awaited {
-    static constexpr uint32_t kTermsAtOnce = kVecs < 2 ? 2 : 1;
+    static constexpr uint32_t kTermsAtOnce = 2 / kVecs;
     Vec16 v[kTermsAtOnce][kVecs];
     uint32_t k[kTermsAtOnce], first[kTermsAtOnce];
     uint32_t expected = 0;  // bit per vector that comes through the window
