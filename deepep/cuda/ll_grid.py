@@ -9,7 +9,7 @@ from deepep.cuda import driver, jit, ll_structs
 from deepep.cuda.ll_structs import Shape
 
 MIN_TEAM, MAX_TEAM = 128, ll_structs.NUM_THREADS
-_LISTING_THREADS, _VECS_PER_WORKER, _ROWS_PER_WORKER = 32, 2, 4
+LISTING_THREADS, VECS_PER_WORKER, ROWS_PER_WORKER = 32, 2, 4
 _MOST_GRIDS = 256
 
 
@@ -123,7 +123,7 @@ class Grids:
             )
         has_workers = not is_per_copy
         team = usual_team
-        if has_workers and usual_team == MIN_TEAM and self._shape.num_topk >= _ROWS_PER_WORKER * self._shape.num_ranks:
+        if has_workers and usual_team == MIN_TEAM and self._shape.num_topk >= ROWS_PER_WORKER * self._shape.num_ranks:
             # Many tokens for every block, each with as many rows here as a worker loads at once.
             team = _team_of_workers(self._shape.hidden // 8)
         num_blocks = _num_blocks(most, tokens, num_foreign, team)
@@ -154,7 +154,7 @@ def _team_of_workers(row_vecs: int) -> int:
     Tokens have now two rows to add up, now six: the fewer the teams, the more of this evens out in each.
     """
     team = MIN_TEAM
-    while team < MAX_TEAM and _VECS_PER_WORKER * (team - _LISTING_THREADS) < row_vecs:
+    while team < MAX_TEAM and VECS_PER_WORKER * (team - LISTING_THREADS) < row_vecs:
         team *= 2
     return team
 

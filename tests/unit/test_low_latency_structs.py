@@ -8,7 +8,7 @@ import re
 import pytest
 
 import deepep
-from deepep.cuda import ll_structs
+from deepep.cuda import ll_grid, ll_structs
 from deepep.cuda.ll_structs import Shape, divide
 from deepep.cuda.sources import source_root
 
@@ -49,6 +49,20 @@ def test_limits_agree(constant: str, value: int) -> None:
     found = re.search(rf"\b{constant} = (\d+)", _HEADER)
     assert found is not None
     assert int(found.group(1)) == value == ll_structs.MAX_RANKS == ll_structs.MAX_TOPK
+
+
+@pytest.mark.parametrize(
+    ("header", "constant", "value"),
+    [
+        ("ll_sums.cuh", "kVecsAtOnce", ll_grid.VECS_PER_WORKER),
+        ("ll_sums.cuh", "kRowsAtOnce", ll_grid.VECS_PER_WORKER * ll_grid.ROWS_PER_WORKER),
+        ("types.cuh", "kWarpSize", ll_grid.LISTING_THREADS),
+    ],
+)
+def test_grids_are_chosen_for_what_workers_load_at_once(header: str, constant: str, value: int) -> None:
+    found = re.search(rf"\b{constant} = (\d+)", (source_root() / "include" / "deepep" / header).read_text())
+    assert found is not None
+    assert int(found.group(1)) == value
 
 
 @pytest.mark.parametrize("divisor", [*range(1, 65), 100, 1000, 4097, (1 << 16) - 1])
