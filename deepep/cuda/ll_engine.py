@@ -25,13 +25,13 @@ from deepep.backends.base import (
 from deepep.cuda import driver, jit, ll_structs
 from deepep.cuda.launch import runtime
 from deepep.cuda.ll_grid import Grids
-from deepep.cuda.ll_state import LlRouting, StateParts, identity
+from deepep.cuda.ll_plan import DispatchPlan
+from deepep.cuda.ll_state import LlRouting, identity
 from deepep.cuda.ll_structs import Division, LlCleanArgs, LlCombineArgs, LlCommon, LlDispatchArgs, LlShape, Shape, magic
 from deepep.errors import InvalidArgument
-from deepep.quant import FP8_DTYPE, GROUP_SIZE, SfFormat
+from deepep.quant import GROUP_SIZE
 
-_SF_CODES = {None: 0, SfFormat.FLOAT32: 1, SfFormat.POW2: 2, SfFormat.UE8M0: 3}
-_MOST_DIVISIONS = 256
+_MOST_PLANS = 256
 
 
 class Window(Protocol):
@@ -104,13 +104,13 @@ class LowLatencyEngine:
             ranks_magic=magic(shape.num_ranks),
             others_magic=magic(shape.num_ranks - 1),
         )
-        # Launches copy their arguments, so one struct of each kind serves all calls but those of two phases.
-        self._dispatch_args = LlDispatchArgs(common=self._common)
+        # Launches copy their arguments, so one struct serves many calls, but not those of two phases.
         self._combine_args = LlCombineArgs(common=self._common)
         self._runtime = runtime()
         self._starts_early = driver.can_start_early(device)
         self._empty: dict[int, torch.Tensor] = {}
-        self._divide_state = functools.lru_cache(_MOST_DIVISIONS)(functools.partial(StateParts.divide, shape))
+        plan = functools.partial(DispatchPlan.make, shape, self._grids, self._common)
+        self._plan = functools.lru_cache(_MOST_PLANS)(plan)
 
     def meet(self) -> None:
         """Let the current stream go on when all ranks that are not masked have come here."""
@@ -126,36 +126,29 @@ class LowLatencyEngine:
 
     def dispatch(self, request: DispatchRequest) -> DispatchResult:
         """Serve a padded dispatch request."""
-        shape, x, sf_format = self.shape, request.x, request.sf_format
-        num_ranks, num_local, hidden = shape.num_ranks, shape.num_local_experts, shape.hidden
-        room = num_ranks * shape.num_max_tokens
-        num_tokens, row_vecs = x.shape[0], hidden // (8 if sf_format is None else 16)
-        grid = self._grids.dispatch(num_tokens, request.num_sms, row_vecs, request.split_phases)
-        parts = self._divide_state(num_tokens)
+        shape, x = self.shape, request.x
+        num_local, room = shape.num_local_experts, shape.num_ranks * shape.num_max_tokens
+        plan = self._plan(x.shape[0], request.num_sms, request.sf_format, request.split_phases)
+        parts = plan.parts
         routing = LlRouting.make(request, shape, parts)
-        state, recv_sf = routing.state, None
-        dtype = x.dtype if sf_format is None else FP8_DTYPE
-        recv_x = x.new_empty((num_local, room, hidden), dtype=dtype)
-        if sf_format is not None:
-            recv_sf = _empty_sf(sf_format, num_local, room, hidden, x.device)
-        args, at = self._dispatch_args, state.data_ptr()
-        args.x, args.recv_x, args.recv_sf = x.data_ptr(), recv_x.data_ptr(), _pointer(recv_sf)
+        state = routing.state
+        recv_x = x.new_empty(plan.recv_shape, dtype=plan.recv_dtype)
+        args, at = plan.args, state.data_ptr()
+        args.x, args.recv_x = x.data_ptr(), recv_x.data_ptr()
         args.topk_idx, args.topk_weights = _pointer(request.topk_idx), _pointer(request.topk_weights)
         args.recv_count, args.src_info = at + 4 * parts.recv_count, at + 4 * parts.src_info
         args.layout_range = at + 4 * parts.layout_range
+        args.recv_sf = 0 if plan.sf is None else at + 4 * parts.recv_sf
         args.recv_stats = _pointer(request.cumulative_local_expert_recv_stats)
-        args.sf_format = _SF_CODES[sf_format]
         common = args.common
         routing.address(common)
         common.wait_stats = _pointer(request.wait_recv_cost_stats)
-        common.team_threads, common.num_tokens = grid.team, num_tokens
-        args.tokens_per_block, args.keeps_own = grid.tokens_per_block, grid.keeps_own
-        args.send_parts, args.recv_parts = grid.send_parts, grid.recv_parts
-        kernel, kept = self._dispatch_kernel.handle, (request, recv_x, recv_sf, routing)
-        finish = self._start(kernel, grid.num_blocks, self._grids.table_bytes, args, request.split_phases, kept)
+        kernel, kept = self._dispatch_kernel.handle, (request, recv_x, routing)
+        finish = self._start(kernel, plan.num_blocks, self._grids.table_bytes, args, request.split_phases, kept)
+        # Views are made while the kernel runs.
         return DispatchResult(
             x=recv_x,
-            sf=recv_sf,
+            sf=None if plan.sf is None else plan.sf.of(state),
             topk_idx=None,
             topk_weights=None,
             num_recv_tokens_per_expert=state.as_strided((num_local,), (1,), parts.recv_count),
@@ -163,7 +156,7 @@ class LowLatencyEngine:
             routing=self._routing(request, routing),
             src_info=state.as_strided((num_local, room), (room, 1), parts.src_info),
             layout_range=state.view(torch.int64).as_strided(
-                (num_local, num_ranks), (num_ranks, 1), parts.layout_range // 2
+                (num_local, shape.num_ranks), (shape.num_ranks, 1), parts.layout_range // 2
             ),
             finish=finish,
         )
@@ -279,10 +272,3 @@ class _SecondPhase:
 
 def _pointer(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _empty_sf(sf_format: SfFormat, num_local: int, room: int, hidden: int, device: torch.device) -> torch.Tensor:
-    """Scale factors [L, R*M, n], the last two dimensions column-major."""
-    num_sf = hidden // sf_format.hidden_multiple
-    shape, strides = (num_local, room, num_sf), (num_sf * room, 1, room)
-    return torch.empty_strided(shape, strides, dtype=sf_format.dtype, device=device)

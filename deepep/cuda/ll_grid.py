@@ -49,8 +49,7 @@ class Grids:
 
     Attributes:
         table_bytes: shared memory of dispatch.
-        dispatch: `_dispatch`, each answer kept.
-        combine: `_combine`, likewise.
+        combine: `_combine`, each answer kept.
     """
 
     def __init__(
@@ -67,7 +66,6 @@ class Grids:
         # Kernels that wait for peers need all of their blocks to run at once, and all of the peers'.
         self._shares_gpu = ranks_per_gpu > 1
         self._num_sms = driver.device_attribute("CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT", device) / ranks_per_gpu
-        self.dispatch = functools.lru_cache(_MOST_GRIDS)(self._dispatch)
         self.combine = functools.lru_cache(_MOST_GRIDS)(self._combine)
 
     def _own_bytes(self, team: int) -> int:
@@ -84,7 +82,7 @@ class Grids:
         blocks = kernel.blocks_per_sm(ll_structs.NUM_THREADS, most)
         return blocks >= kernel.blocks_per_sm(ll_structs.NUM_THREADS, 0)
 
-    def _dispatch(self, num_tokens: int, num_sms: int, row_vecs: int, split_phases: bool) -> DispatchGrid:
+    def dispatch(self, num_tokens: int, num_sms: int, row_vecs: int, split_phases: bool) -> DispatchGrid:
         """Choose for a dispatch of T tokens whose rows are so many vectors of 16 bytes."""
         most, tokens = self._most_blocks(self._dispatch_blocks, num_sms), self._likely_tokens(num_tokens)
         # While there is a block for each row of each rank, a rank's own ones best go like the others.

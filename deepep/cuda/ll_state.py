@@ -13,7 +13,7 @@ from deepep.cuda.ll_structs import LlCommon, Shape
 from deepep.layout import align
 from deepep.records import quickly_made
 
-_STATE_ALIGNMENT = 16  # int32 elements
+_STATE_ALIGNMENT = 32  # int32 elements
 
 
 class StateParts(NamedTuple):
@@ -25,16 +25,18 @@ class StateParts(NamedTuple):
     layout_range: int
     src_info: int
     recv_count: int
+    recv_sf: int
     end: int
 
     @classmethod
-    def divide(cls, shape: Shape, num_tokens: int) -> StateParts:
-        """Divide the block of a dispatch of T tokens, each part at a multiple of 64 bytes."""
+    def divide(cls, shape: Shape, num_tokens: int, num_sf: int) -> StateParts:
+        """Divide the block of a dispatch of T tokens with n scale factors a row, parts at multiples of 128 bytes."""
         room = shape.num_ranks * shape.num_max_tokens
         choices, num_local = room * shape.num_topk, shape.num_local_experts
         places = [_STATE_ALIGNMENT + ll_structs.MAX_RANKS]
         for size in (
             num_tokens * shape.num_topk, choices, choices, 2 * num_local * shape.num_ranks, num_local * room, num_local,
+            num_local * room * num_sf,
         ):  # fmt: skip
             places.append(places[-1] + align(size, _STATE_ALIGNMENT))
         return cls(*places)
@@ -47,8 +49,8 @@ class LlRouting:
 
     Attributes:
         state: int32 words: epoch of the call, headers of the sources, `topk_idx` as sent, rows and weights of choices.
-            One allocation serves these and the small outputs, which are views of it: the handle holds most of them,
-            and they are small beside the rows, so nobody minds that they live together.
+            One allocation serves these and all outputs but the rows, which are views of it: they are small beside the
+            rows, so nobody minds that they live together, and kernels start before the views are made.
         parts: where in it each of them is.
         shape: the sizes it was made with.
         num_tokens: T.

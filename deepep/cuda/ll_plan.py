@@ -1,0 +1,85 @@
+"""What low-latency dispatches of the same sizes have in common, so that those after the first need not work it out."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from deepep.cuda.ll_grid import Grids
+from deepep.cuda.ll_state import StateParts
+from deepep.cuda.ll_structs import LlCommon, LlDispatchArgs, Shape
+from deepep.quant import FP8_DTYPE, SfFormat
+
+_SF_CODES = {None: 0, SfFormat.FLOAT32: 1, SfFormat.POW2: 2, SfFormat.UE8M0: 3}
+
+
+class SfView(NamedTuple):
+    """Scale factors [L, R*M, n] as a view of the state, the last two dimensions column-major.
+
+    Attributes:
+        dtype: of each, 4 bytes.
+        size: L, R*M, n.
+        stride: in elements.
+        offset: likewise.
+    """
+
+    dtype: torch.dtype
+    size: tuple[int, int, int]
+    stride: tuple[int, int, int]
+    offset: int
+
+    def of(self, state: torch.Tensor) -> torch.Tensor:
+        """Make the view."""
+        return state.view(self.dtype).as_strided(self.size, self.stride, self.offset)
+
+
+class DispatchPlan(NamedTuple):
+    """How a dispatch is launched, and where its results go.
+
+    Attributes:
+        num_blocks: of the launch.
+        args: arguments that lack only pointers. Launches copy them, so one struct serves all calls.
+        parts: where the parts of the state are.
+        recv_shape: of the rows: L, R*M, H.
+        recv_dtype: of the rows.
+        sf: the scale factors, if there are any.
+    """
+
+    num_blocks: int
+    args: LlDispatchArgs
+    parts: StateParts
+    recv_shape: tuple[int, int, int]
+    recv_dtype: torch.dtype
+    sf: SfView | None
+
+    @classmethod
+    def make(
+        cls,
+        shape: Shape,
+        grids: Grids,
+        common: LlCommon,
+        num_tokens: int,
+        num_sms: int,
+        sf_format: SfFormat | None,
+        split_phases: bool,
+    ) -> DispatchPlan:
+        """Plan dispatches of T tokens; `common` are the arguments that all launches of an engine share."""
+        num_local, room, hidden = shape.num_local_experts, shape.num_ranks * shape.num_max_tokens, shape.hidden
+        num_sf = 0 if sf_format is None else hidden // sf_format.hidden_multiple
+        grid = grids.dispatch(num_tokens, num_sms, hidden // (8 if sf_format is None else 16), split_phases)
+        args = LlDispatchArgs(
+            common=common,
+            sf_format=_SF_CODES[sf_format],
+            tokens_per_block=grid.tokens_per_block,
+            keeps_own=grid.keeps_own,
+            send_parts=grid.send_parts,
+            recv_parts=grid.recv_parts,
+        )
+        args.common.team_threads, args.common.num_tokens = grid.team, num_tokens
+        parts = StateParts.divide(shape, num_tokens, num_sf)
+        recv_shape, dtype, sf = (num_local, room, hidden), torch.bfloat16, None
+        if sf_format is not None:
+            dtype = FP8_DTYPE
+            sf = SfView(sf_format.dtype, (num_local, room, num_sf), (num_sf * room, 1, room), parts.recv_sf)
+        return cls(grid.num_blocks, args, parts, recv_shape, dtype, sf)
