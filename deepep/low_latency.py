@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ _REDUCTIONS = {item.value: item for item in Reduction}
 # Of which a low-latency window is made.
 _MAX_TOPK, _CHOICE_BYTES, _WORD_BYTES = 64, 16, 8
 _STATE_BYTES, _NUM_ARRAYS, _ALIGNMENT = 4096, 8, 128
+_MOST_FORMATS = 64
 
 Hook = Callable[[], None]
 
@@ -254,6 +256,7 @@ def _check_phases(op: str, async_finish: bool, return_recv_hook: bool) -> None:
         raise InvalidArgument(f"{op}: async_finish and return_recv_hook exclude each other")
 
 
+@functools.lru_cache(_MOST_FORMATS)
 def _sf_format(op: str, hidden: int, use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> SfFormat | None:
     if not use_fp8:
         if round_scale or use_ue8m0:

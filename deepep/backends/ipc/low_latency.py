@@ -157,6 +157,8 @@ class LowLatency:
         status = self._status.host
         if not self._memory.is_alive:
             raise BufferDestroyed("low_latency: this buffer was destroyed; build a new one")
+        if not status[0]:
+            return
         if status[0] == ll_structs.BAD_INDEX:
             index = ctypes.c_int32(int(status[1 + self._group.num_ranks])).value
             # The same kernels may have lost a rank, too; the next call says so.
