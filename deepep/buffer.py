@@ -16,7 +16,7 @@ from deepep.handle import InternodeHandle, IntranodeHandle, NormalHandle, make_n
 from deepep.low_latency import LowLatencyMixin
 from deepep.stream import check_stream_arguments
 from deepep.topology import Topology
-from deepep.validate import Payload, check_experts, check_topk, split_payload
+from deepep.validate import Payload, check_experts, check_topk, received, split_payload
 
 # What `dispatch` returns. The types within follow from the arguments, which the caller knows and a checker does not:
 # a tensor or a pair as `x` was; None without top-k or with a handle.
@@ -167,7 +167,7 @@ class Buffer(LowLatencyMixin, Front):
         op = "get_dispatch_layout"
         backend = self._alive(op)
         check_stream_arguments(op, previous_event, async_finish, allocate_on_comm_stream)
-        check_experts(op, num_experts, self.group_size)
+        num_experts = check_experts(op, num_experts, self.group_size)
         check_topk(op, topk_idx, None, None, num_experts, self._bounds)
         counted, event = self._comm_stream.run(
             lambda: backend.dispatch_layout(topk_idx, num_experts), (topk_idx,), topk_idx.is_cuda, async_finish,
@@ -235,7 +235,7 @@ class Buffer(LowLatencyMixin, Front):
                     self._bounds,
                 )  # fmt: skip
         result, event = self._dispatch(op, request, async_finish, previous_event)
-        recv_x = result.x if result.sf is None else (result.x, result.sf)
+        recv_x = received(result, x)
         if handle is not None:
             return recv_x, None, None, None, None, event
         new_handle = make_normal_handle(

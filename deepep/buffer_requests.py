@@ -21,6 +21,7 @@ from deepep.validate import (
     check_weights,
     describe,
     values_are_checked,
+    whole_number,
 )
 
 
@@ -59,11 +60,8 @@ def fresh_request(
             _check_implied(op, topk_idx, given.is_token_in_rank, num_experts, bounds.num_ranks)
     elif topk_weights is not None:
         raise InvalidArgument(f"{op}: topk_weights without topk_idx; pass both or neither")
-    if expert_alignment < 1 or num_worst_tokens < 0:
-        raise InvalidArgument(
-            f"{op}: expert_alignment={expert_alignment}, num_worst_tokens={num_worst_tokens}; "
-            "the first must be at least 1, the second at least 0"
-        )
+    expert_alignment = whole_number(op, "expert_alignment", expert_alignment, 1)
+    num_worst_tokens = whole_number(op, "num_worst_tokens", num_worst_tokens, 0)
     return DispatchRequest(
         x, sf, topk_idx, topk_weights, num_experts,
         is_token_in_rank=given.is_token_in_rank if topk_idx is None else None,

@@ -41,6 +41,7 @@ from deepep.validate import (
     check_bias,
     check_rows,
     check_weights,
+    received,
     split_payload,
 )
 
@@ -118,7 +119,10 @@ class ElasticBuffer(SizesMixin, AbsentMixin, Front):
                 )  # fmt: skip
             check_num_bytes(num_bytes)
         except (InvalidArgument, UnsupportedOperation) as error:
-            problem, num_bytes = error, num_bytes or 0
+            problem, num_bytes = error, 0
+        except (AttributeError, TypeError, ValueError) as error:
+            wrong = f"ElasticBuffer: an argument is of a wrong kind: {type(error).__name__}: {error}"
+            problem, num_bytes = InvalidArgument(wrong), 0
         self.num_bytes, self.num_cpu_bytes = num_bytes, num_cpu_bytes
         self.num_max_tokens_per_rank, self.hidden, self.num_topk = num_max_tokens_per_rank, hidden, num_topk
         self.use_fp8_dispatch, self.deterministic = use_fp8_dispatch, deterministic
@@ -254,7 +258,7 @@ class ElasticBuffer(SizesMixin, AbsentMixin, Front):
         if handle is None:
             exact = terms["num_worst_rows"] is None
             handle = make_handle(result, tensors, exact, terms["num_sms"], self.num_ranks, self._owner)
-        recv_x = result.x if result.sf is None else (result.x, result.sf)
+        recv_x = received(result, x)
         return recv_x, result.topk_idx, result.topk_weights, handle, event
 
     def combine(

@@ -114,7 +114,7 @@ _ABSENT = object()
 
 
 class _Known(NamedTuple):
-    """A routing, the buffer it belongs to, and the very objects the handle's fields were when it was made of them."""
+    """A routing, whom it is for, and the very objects the handle's fields were when it was made of them."""
 
     routing: Routing
     owner: int
@@ -154,7 +154,7 @@ def handle_tensors(result: DispatchResult, num_scaleup_ranks: int) -> HandleTens
 def make_handle(
     result: DispatchResult, tensors: HandleTensors | None, exact: bool, num_sms: int, num_ranks: int, owner: int
 ) -> EPHandle:
-    """Write a fresh dispatch down; `exact` says that shapes are, `owner` identifies the buffer."""
+    """Write a fresh dispatch down; `exact` says that shapes are, `owner` identifies backend and processes."""
     routing = result.routing
     if tensors is None:
         raise TypeError("a fresh dispatch needs the tensors of its handle")
@@ -179,7 +179,7 @@ def check_handle(op: str, handle: object, num_ranks: int, owner: int) -> Routing
     """Check that a handle can be used on this group.
 
     Returns:
-        The routing it was made of, if its fields are still the same objects and the buffer, too; else None.
+        The routing it was made of, if its fields are still the same objects, and of the same owner; else None.
 
     Raises:
         InvalidArgument: not an `EPHandle`, a field is missing or has another shape than it must have.

@@ -14,7 +14,7 @@ from deepep.backends.base import Layout, Routing
 from deepep.elastic_handle import EPHandle
 from deepep.errors import InvalidArgument
 from deepep.layout import num_expanded_rows_at_most
-from deepep.validate import Bounds, check_experts, check_rows, check_tensor, check_topk, check_weights
+from deepep.validate import Bounds, check_experts, check_rows, check_topk, check_weights, check_written, whole_number
 
 
 class Named(NamedTuple):
@@ -45,15 +45,15 @@ def fresh_terms(
     op = "dispatch"
     if topk_idx is None or named.num_experts is None:
         raise InvalidArgument(f"{op}: topk_idx and num_experts are needed without a handle")
-    num_experts, alignment = named.num_experts, 1 if named.expert_alignment is None else named.expert_alignment
+    alignment = 1 if named.expert_alignment is None else named.expert_alignment
     max_tokens = named.num_max_tokens_per_rank
     if max_tokens is None:
         max_tokens = default_max_tokens
     num_tokens, device = x.shape[0], x.device
-    check_experts(op, num_experts, bounds.num_ranks)
+    num_experts = check_experts(op, named.num_experts, bounds.num_ranks)
     check_topk(op, topk_idx, topk_weights, num_tokens, num_experts, bounds, device)
-    if alignment < 1:
-        raise InvalidArgument(f"{op}: expert_alignment={alignment}; it must be at least 1")
+    alignment = whole_number(op, "expert_alignment", alignment, 1)
+    max_tokens = whole_number(op, "num_max_tokens_per_rank", max_tokens, 0)
     if max_tokens < max(num_tokens, 1):
         raise InvalidArgument(
             f"{op}: num_max_tokens_per_rank is {max_tokens} and x has {num_tokens} tokens; it must be at least 1 and "
@@ -61,7 +61,7 @@ def fresh_terms(
         )
     num_local = num_experts // bounds.num_ranks
     if stats is not None:
-        check_tensor(op, "cumulative_local_expert_recv_stats", stats, torch.int32, (num_local,), device)
+        check_written(op, "cumulative_local_expert_recv_stats", stats, torch.int32, (num_local,), device)
     num_worst = None
     if not do_cpu_sync:
         num_worst = bounds.num_ranks * max_tokens

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
@@ -31,7 +30,8 @@ from deepep.version import __version__
 
 Result = TypeVar("Result")
 
-_owner_numbers = itertools.count(1)
+# Handles work with every buffer of the same backend over the same processes; each such set has a number.
+_owner_numbers: dict[tuple[Any, ...], int] = {}
 
 
 class Front:
@@ -61,7 +61,6 @@ class Front:
         self._broken: str | None = None
         self._missing: set[int] = set()  # the ranks whose absence broke it
         self._backend: Backend | None = None
-        self._owner = next(_owner_numbers)
         self._comm_stream = CommStream()
         try:
             self.timeout = _checked_timeout(timeout, default_timeout)
@@ -79,6 +78,7 @@ class Front:
             topology = None
         self.topology = topology or found
         chosen = self._agree_on_backend(registry.requested(backend), on_cuda, options, problem)
+        self._owner = _owner_numbers.setdefault((chosen.name, *self._group.members), len(_owner_numbers))
         self._capabilities = able = chosen.capabilities()
         self._bounds = Bounds(self.group_size, self.topology.num_scaleout_ranks, able.max_topk, env.debug())
         self._devices, self._layouts = able.devices, tuple(able.layouts)  # a tuple finds an enum by identity, at once
@@ -215,6 +215,13 @@ class Front:
         except CommTimeout as error:
             # Who is missing may be unknown; then no mask mends it.
             self._broken, self._missing = str(error), set(error.missing_ranks) or {-1}
+            raise
+        except (InvalidArgument, UnsupportedOperation, BufferDestroyed):
+            raise  # all ranks agreed, or nothing was begun
+        except BaseException as error:
+            # Half-way, out of memory perhaps: the peers wait for what does not come, and nobody may take the next call
+            # for the rest of this one.
+            self._broken, self._missing = f"{type(error).__name__}: {error}", {-1}
             raise
 
 

@@ -6,6 +6,7 @@ Nothing here ever hangs: each call takes a limit, and a peer that does not arriv
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import pickle
 import threading
@@ -43,6 +44,9 @@ class Limit:
         return max(0.0, self.end - time.monotonic())
 
 
+_numbers = itertools.count()
+
+
 class Group(ABC):
     """The ranks that work together, and the host-side collectives among them.
 
@@ -60,9 +64,15 @@ class Group(ABC):
         self.raw = raw
         self.rank = rank
         self.num_ranks = num_ranks
+        self._number = next(_numbers)
         self._lock = threading.Lock()
         self._device = device
         self._lost: tuple[int, ...] | None = None
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Numbers of the processes in the order of their ranks: equal for groups of the same processes, else not."""
+        return (-1, self._number)
 
     def exchange(self, send: Sequence[torch.Tensor], recv: Sequence[torch.Tensor], *, op: str, timeout: float) -> None:
         """All-to-all: `send[p]` goes to rank p and lands in its `recv[rank]`.
@@ -183,6 +193,13 @@ def make_group(group: Any = None, comm: Any = None) -> Group:
 
         return MpiGroup(comm)
     return _over_torch(group)
+
+
+def torch_members(group: Any) -> tuple[int, ...]:
+    """Give the global ranks of a torch process group."""
+    import torch.distributed as dist
+
+    return tuple(dist.get_process_group_ranks(group))
 
 
 def _over_torch(group: Any) -> Group:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from deepep.errors import CommTimeout
-from deepep.group import Group, Limit
+from deepep.group import Group, Limit, torch_members
 
 # How long ranks may differ in noticing that an exchange has failed, seconds.
 _ROLL_CALL_TIME = 2.0
@@ -43,6 +43,11 @@ class CollectiveGroup(Group):
         self._prefix = f"deepep/{group.group_name}/{number}"
         self._num_exchanges = 0
         self._unfinished: list[Any] = []
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Global ranks."""
+        return torch_members(self.raw)
 
     def _exchange_bytes(
         self, send: Sequence[torch.Tensor], recv: Sequence[torch.Tensor], op: str, limit: Limit

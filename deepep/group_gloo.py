@@ -20,7 +20,7 @@ import torch
 
 from deepep.errors import CommTimeout
 from deepep.gloo_links import Round, links_of
-from deepep.group import Group, Limit
+from deepep.group import Group, Limit, torch_members
 
 # After a peer is gone, how long the others get to finish with this rank, so that nobody stops half-way. Seconds.
 _GRACE = 1.0
@@ -35,6 +35,11 @@ class GlooGroup(Group):
         super().__init__(group, group.rank(), group.size(), torch.device("cpu"))
         self._links = links_of(group)
         self._tag = self._links.new_tag()
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Global ranks."""
+        return torch_members(self.raw)
 
     def _exchange_bytes(
         self, send: Sequence[torch.Tensor], recv: Sequence[torch.Tensor], op: str, limit: Limit

@@ -69,6 +69,12 @@ class MpiGroup(Group):
         # MPI writes to the memory of unfinished messages until it is finalised.
         self._unfinished: list[Any] = []
 
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Ranks in the world."""
+        with_all = self.raw.Get_group().Translate_ranks(None, MPI.COMM_WORLD.Get_group())
+        return tuple(int(rank) for rank in with_all)
+
     def _exchange_bytes(
         self, send: Sequence[torch.Tensor], recv: Sequence[torch.Tensor], op: str, limit: Limit
     ) -> None:

@@ -81,7 +81,7 @@ def make_normal_handle(
     is_internode: bool,
     owner: int,
 ) -> NormalHandle:
-    """Wrap the routing of a dispatch in upstream's tuple; `owner` identifies the buffer it belongs to."""
+    """Wrap the routing of a dispatch in upstream's tuple; `owner` identifies backend and processes."""
     routing = result.routing
     psum = routing.psum_num_recv_tokens_per_rank
     sent = _as_column(num_tokens_per_rank)
@@ -119,13 +119,15 @@ def routing_of(handle: object, kind: tuple[type, ...], owner: int, op: str) -> R
     """Take the routing out of a handle.
 
     Raises:
-        InvalidArgument: not a handle of this kind, or of another buffer.
+        InvalidArgument: not a handle of this kind, or of another backend or other processes.
     """
     if not isinstance(handle, kind):
         wanted = " or ".join(k.__name__ for k in kind)
         raise InvalidArgument(f"{op}: handle is a {type(handle).__name__}; pass the {wanted} that dispatch returned")
     if handle.owner != owner:  # type: ignore[attr-defined]
-        raise InvalidArgument(f"{op}: handle belongs to another buffer; use it with the buffer that dispatched")
+        raise InvalidArgument(
+            f"{op}: handle is of another backend or other ranks; use it with the buffer that dispatched, or its like"
+        )
     return handle.routing  # type: ignore[attr-defined]
 
 

@@ -62,7 +62,7 @@ def dispatch_layout(
     per_expert = torch.bincount(chosen, minlength=num_experts).to(torch.int32)
     per_host = None
     if num_ranks_per_host is not None and num_ranks_per_host < num_ranks:
-        in_host = in_rank.view(in_rank.shape[0], -1, num_ranks_per_host).any(dim=2)
+        in_host = in_rank.view(in_rank.shape[0], num_ranks // num_ranks_per_host, num_ranks_per_host).any(dim=2)
         per_host = in_host.sum(dim=0, dtype=torch.int32)
     return DispatchLayout(in_rank.sum(dim=0, dtype=torch.int32), per_host, per_expert, in_rank)
 

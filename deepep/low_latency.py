@@ -14,7 +14,7 @@ from deepep.event import EventOverlap
 from deepep.handle import LowLatencyHandle, make_low_latency_handle, routing_of
 from deepep.layout import align
 from deepep.quant import GROUP_SIZE, SfFormat
-from deepep.validate import Payload, check_experts, check_rows, check_tensor, check_topk
+from deepep.validate import Payload, check_experts, check_rows, check_tensor, check_topk, check_written, whole_number
 
 if TYPE_CHECKING:
     from deepep.front import Front
@@ -53,7 +53,7 @@ class LowLatencyMixin(_Base):
             num_ranks: R.
             num_experts: E; upstream's buffers grow with it by rows, these by a word each.
         """
-        check_experts("get_low_latency_rdma_size_hint", num_experts, num_ranks)
+        num_experts = check_experts("get_low_latency_rdma_size_hint", num_experts, num_ranks)
         num_rows, row_bytes = num_ranks * num_max_dispatch_tokens_per_rank, 2 * hidden
         # Tests compare this with the division of the window, which belongs to backends that are not imported here.
         slot_bytes = align(row_bytes + _CHOICE_BYTES * _MAX_TOPK, _ALIGNMENT)
@@ -86,7 +86,7 @@ class LowLatencyMixin(_Base):
             num_experts: E.
             cumulative_local_expert_recv_stats: [L] int32, the counts are added to it.
             dispatch_wait_recv_cost_stats: [R] int64, microseconds waited for each rank are added to it.
-            use_fp8: cast to e4m3 on the way, one scale factor per 128 channels.
+            use_fp8: cast to e4m3 on the way, one scale factor per 128 channels; else the next two say nothing.
             round_scale: round scale factors up to powers of two.
             use_ue8m0: pack their exponents, four to an int32; needs `round_scale`.
             async_finish: run on the communication stream.
@@ -100,7 +100,7 @@ class LowLatencyMixin(_Base):
         op = "low_latency_dispatch"
         with self._checking(op):
             check_rows(op, "x", x)
-            max_tokens = num_max_dispatch_tokens_per_rank
+            max_tokens = whole_number(op, "num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank, 1)
             num_tokens, hidden = x.shape
             device = x.device
             if x.dtype is not torch.bfloat16:
@@ -109,11 +109,11 @@ class LowLatencyMixin(_Base):
                 raise InvalidArgument(
                     f"{op}: x has T = {num_tokens} tokens; num_max_dispatch_tokens_per_rank allows {max_tokens}"
                 )
-            check_experts(op, num_experts, self.group_size)
+            num_experts = check_experts(op, num_experts, self.group_size)
             check_topk(op, topk_idx, topk_weights, num_tokens, num_experts, self._bounds, device)
             num_local = num_experts // self.group_size
             if cumulative_local_expert_recv_stats is not None:
-                check_tensor(
+                check_written(
                     op, "cumulative_local_expert_recv_stats", cumulative_local_expert_recv_stats, torch.int32,
                     (num_local,), device,
                 )  # fmt: skip
@@ -177,13 +177,22 @@ class LowLatencyMixin(_Base):
             check_tensor(op, "x", x, torch.bfloat16, rows, device)
             if not zero_copy and not x.is_contiguous():
                 raise InvalidArgument(f"{op}: x must be contiguous")
+            if use_logfmt and handle.hidden % GROUP_SIZE:
+                raise InvalidArgument(
+                    f"{op}: use_logfmt needs hidden to be a multiple of {GROUP_SIZE}, got {handle.hidden}"
+                )
             if zero_copy and use_logfmt:
                 raise InvalidArgument(f"{op}: zero_copy and use_logfmt exclude each other")
             check_topk(op, topk_idx, topk_weights, num_tokens, routing.num_experts, self._bounds, device)
             if topk_weights is None:
                 raise InvalidArgument(f"{op}: topk_weights is needed")
+            num_topk = topk_idx.shape[1] if routing.topk_idx is None else routing.topk_idx.shape[1]
+            if topk_idx.shape[1] != num_topk:
+                raise InvalidArgument(
+                    f"{op}: topk_idx has K = {topk_idx.shape[1]} columns and the handle's dispatch had {num_topk}"
+                )
             if out is not None:
-                check_tensor(op, "out", out, torch.bfloat16, (num_tokens, handle.hidden), device)
+                check_written(op, "out", out, torch.bfloat16, (num_tokens, handle.hidden), device)
             added = _REDUCTIONS.get(reduction)
             if added is None:
                 raise InvalidArgument(f"{op}: reduction is {reduction!r}; it must be 'per_rank' or 'per_copy'")
@@ -206,14 +215,12 @@ class LowLatencyMixin(_Base):
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
         """Make the windows ready for low latency after normal operations; collective (upstream API)."""
         op = "clean_low_latency_buffer"
-        backend = self._alive(op)
-        check_experts(op, num_experts, self.group_size)
-        if num_max_dispatch_tokens_per_rank < 0 or hidden < 1:
-            raise InvalidArgument(
-                f"{op}: num_max_dispatch_tokens_per_rank is {num_max_dispatch_tokens_per_rank} and hidden {hidden}; "
-                "the first must be at least 0, the second at least 1"
+        with self._checking(op) as backend:
+            shape = (
+                whole_number(op, "num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank, 0),
+                whole_number(op, "hidden", hidden, 1),
+                check_experts(op, num_experts, self.group_size),
             )
-        shape = (num_max_dispatch_tokens_per_rank, hidden, num_experts)
         self._run(lambda: backend.clean_low_latency_buffer(*shape), (), False, False, None)
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
@@ -248,7 +255,7 @@ class LowLatencyMixin(_Base):
 
     def _check_wait_stats(self, op: str, name: str, stats: torch.Tensor | None, device: torch.device) -> None:
         if stats is not None:
-            check_tensor(op, name, stats, torch.int64, (self.group_size,), device)
+            check_written(op, name, stats, torch.int64, (self.group_size,), device)
 
 
 def _check_phases(op: str, async_finish: bool, return_recv_hook: bool) -> None:
@@ -259,9 +266,7 @@ def _check_phases(op: str, async_finish: bool, return_recv_hook: bool) -> None:
 @functools.lru_cache(_MOST_FORMATS)
 def _sf_format(op: str, hidden: int, use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> SfFormat | None:
     if not use_fp8:
-        if round_scale or use_ue8m0:
-            raise InvalidArgument(f"{op}: round_scale and use_ue8m0 need use_fp8=True")
-        return None
+        return None  # the other two say how to cast, which programs tell also where nothing is cast
     if use_ue8m0 and not round_scale:
         raise InvalidArgument(f"{op}: use_ue8m0 needs round_scale=True, since exponents alone hold only powers of two")
     sf_format = SfFormat.from_flags(round_scale, use_ue8m0)

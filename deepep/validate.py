@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from deepep.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from deepep.backends.base import DispatchResult
 
 ROW_BYTES_MULTIPLE = 16
 topk_idx_t = torch.int64
@@ -55,6 +59,14 @@ def split_payload(op: str, x: Payload) -> tuple[torch.Tensor, torch.Tensor | Non
     return data, sf
 
 
+def received(result: DispatchResult, x: Payload) -> Payload:
+    """Give received rows in the form of the payload that was passed: alone, or with `sf` of as many dimensions."""
+    if result.sf is None:
+        return result.x
+    is_flat = isinstance(x, (tuple, list)) and x[1].dim() == 1
+    return result.x, result.sf.squeeze(1) if is_flat else result.sf
+
+
 def check_rows(
     op: str, name: str, x: torch.Tensor, num_rows: int | None = None, device: torch.device | None = None
 ) -> None:
@@ -74,12 +86,25 @@ def check_rows(
         )
 
 
-def check_experts(op: str, num_experts: int, num_ranks: int) -> None:
-    """Check that E is a positive multiple of R."""
-    if not isinstance(num_experts, int) or num_experts <= 0 or num_experts % num_ranks:
-        raise InvalidArgument(
-            f"{op}: num_experts is {num_experts!r}; it must be a positive multiple of the {num_ranks} ranks"
-        )
+def whole_number(op: str, name: str, value: object, least: int) -> int:
+    """Give a whole number as Python's own, be it numpy's or of another kind; at least `least`."""
+    if type(value) is int and value >= least:
+        return value
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise InvalidArgument(f"{op}: {name} is {value!r}; it must be a whole number, at least {least}")
+    return number
+
+
+def check_experts(op: str, num_experts: int, num_ranks: int) -> int:
+    """Check that E is a positive multiple of R, and give it as Python's own number."""
+    number = whole_number(op, "num_experts", num_experts, 1)
+    if number % num_ranks:
+        raise InvalidArgument(f"{op}: num_experts is {number}; it must be a positive multiple of the {num_ranks} ranks")
+    return number
 
 
 def check_topk(
@@ -163,6 +188,15 @@ def check_tensor(
         or (device is not None and tensor.device != device)
     ):
         raise InvalidArgument(f"{op}: {name} is {describe(tensor)}; it must be {dtype} {list(shape)}{_on(device)}")
+
+
+def check_written(
+    op: str, name: str, tensor: object, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device | None = None
+) -> None:
+    """The same of a tensor that results are written to, which must be contiguous."""
+    check_tensor(op, name, tensor, dtype, shape, device)
+    if isinstance(tensor, torch.Tensor) and not tensor.is_contiguous():
+        raise InvalidArgument(f"{op}: {name} is {describe(tensor)}; it must be contiguous")
 
 
 def _on(device: torch.device | None) -> str:

@@ -29,7 +29,6 @@ from deepep.cuda.ll_plan import DispatchPlan
 from deepep.cuda.ll_state import LlRouting, identity
 from deepep.cuda.ll_structs import Division, LlCleanArgs, LlCombineArgs, LlCommon, LlDispatchArgs, LlShape, Shape, magic
 from deepep.errors import InvalidArgument
-from deepep.quant import GROUP_SIZE
 
 _MOST_PLANS = 256
 
@@ -190,10 +189,6 @@ class LowLatencyEngine:
 
     def _check_combine(self, request: CombineRequest, routing: LlRouting, is_per_copy: bool) -> None:
         op = "low_latency_combine"
-        if request.use_logfmt and self.shape.hidden % GROUP_SIZE:
-            raise InvalidArgument(
-                f"{op}: use_logfmt needs hidden to be a multiple of {GROUP_SIZE}, got {self.shape.hidden}"
-            )
         if routing.sent is None or is_per_copy:
             return
         for name, tensor, sent in zip(

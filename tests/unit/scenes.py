@@ -46,6 +46,11 @@ class Scene:
         arguments = {"x": self.x, "topk_idx": self.topk_idx, "num_max_dispatch_tokens_per_rank": M, "num_experts": E}
         return self.buffer.low_latency_dispatch(**{**arguments, **changed})
 
+    def clean(self, **changed: Any) -> None:
+        self.buffer.clean_low_latency_buffer(
+            **{"num_max_dispatch_tokens_per_rank": M, "hidden": H, "num_experts": E, **changed}
+        )
+
     def ll_combine(self, **changed: Any) -> Any:
         x, _, handle, _, _ = self.ll_dispatch(use_fp8=False)
         arguments = {"x": x, "topk_idx": self.topk_idx, "topk_weights": self.topk_weights, "handle": handle}

@@ -57,10 +57,11 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "counts of hosts are many": (
         "dispatch", _spoilt(num_tokens_per_rdma_rank=torch.zeros(2).int()), r"per_rdma_rank is .*int32 \[1\]",
     ),
-    "alignment 0": ("dispatch", _spoilt(expert_alignment=0), "expert_alignment=0"),
-    "alignment in words": ("dispatch", _spoilt(expert_alignment="4"), "wrong kind: TypeError: .*'str' and 'int'"),
+    "worst-case rows are no whole number": ("dispatch", _spoilt(num_worst_tokens=16.0), "num_worst_tokens is 16.0"),
+    "alignment 0": ("dispatch", _spoilt(expert_alignment=0), "expert_alignment is 0"),
+    "alignment in words": ("dispatch", _spoilt(expert_alignment="4"), "alignment is '4'; it must be a whole"),
     "no config": ("dispatch", _spoilt(config=3), "wrong kind: AttributeError: 'int' object has no attribute 'num_sms'"),
-    "negative worst case": ("dispatch", _spoilt(num_worst_tokens=-1), "num_worst_tokens=-1"),
+    "negative worst case": ("dispatch", _spoilt(num_worst_tokens=-1), "num_worst_tokens is -1"),
     "allocation without event": (
         "dispatch", _spoilt(allocate_on_comm_stream=True, async_finish=True), "needs previous_event",
     ),
@@ -77,20 +78,29 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "combine with another bias": ("combine", _spoilt(bias=torch.ones(T, H)), r"bias is float32.*bfloat16 \[4, 128\]"),
     "low latency: T > M": ("ll_dispatch", _spoilt(num_max_dispatch_tokens_per_rank=3), "T = 4 tokens.*allows 3"),
     "low latency: fp16": ("ll_dispatch", _spoilt(x=torch.ones(T, H).half()), "float16; it must be bfloat16"),
+    "low latency: M is 0": ("ll_dispatch", _spoilt(num_max_dispatch_tokens_per_rank=0), "is 0.*at least 1"),
+    "low latency: M is no whole number": ("ll_dispatch", _spoilt(num_max_dispatch_tokens_per_rank=8.0), "is 8.0"),
     "low latency: E % R": ("ll_dispatch", _spoilt(num_experts=7), "num_experts is 7"),
     "low latency: expert twice": ("ll_dispatch", _spoilt(topk_idx=_idx([1, 1]).repeat(T, 1)), "same expert twice"),
     "low latency: odd hidden": ("ll_dispatch", _spoilt(x=torch.ones(T, 72, dtype=BF16)), "hidden is 72.*128"),
     "low latency: UE8M0": ("ll_dispatch", _spoilt(use_ue8m0=True), "round_scale"),
-    "low latency: scale without cast": ("ll_dispatch", _spoilt(use_fp8=False, round_scale=True), "need use_fp8=True"),
     "low latency: hook and event": ("ll_dispatch", _spoilt(async_finish=True, return_recv_hook=True), "exclude each"),
     "low latency: statistics": (
         "ll_dispatch", _spoilt(cumulative_local_expert_recv_stats=torch.zeros(3, dtype=torch.int32)), r"int32 \[4\]",
+    ),
+    "low latency: scattered statistics": (
+        "ll_dispatch", _spoilt(cumulative_local_expert_recv_stats=torch.zeros(8).int()[::2]), "must be contiguous",
     ),
     "low latency: costs": ("ll_dispatch", _spoilt(dispatch_wait_recv_cost_stats=torch.zeros(2)), r"int64 \[2\]"),
     "low latency: no handle": ("ll_combine", _spoilt(handle=None), "handle is a NoneType.*LowLatencyHandle"),
     "low latency: x": ("ll_combine", _spoilt(x=torch.ones(2, 3, dtype=BF16)), r"bfloat16 \[4, 12, 128\]"),
     "low latency: no weights": ("ll_combine", _spoilt(topk_weights=None), "topk_weights is needed"),
     "low latency: out": ("ll_combine", _spoilt(out=torch.ones(T, H)), r"out is float32.*bfloat16 \[4, 128\]"),
+    "low latency: scattered out": ("ll_combine", _spoilt(out=torch.ones(H, T, dtype=BF16).T), "out is.*contiguous"),
+    "low latency: other K": (
+        "ll_combine", _spoilt(topk_idx=_idx([0], [1], [7], [-1]), topk_weights=torch.ones(T, 1)), "K = 1.*had 2",
+    ),
+    "low latency: clean": ("clean", _spoilt(hidden=0), "hidden is 0"),
     "low latency: two casts": ("ll_combine", _spoilt(zero_copy=True, use_logfmt=True), "exclude each other"),
     "low latency: nothing filled": ("ll_combine", _spoilt(zero_copy=True), "call that first and fill it"),
     "low latency: reduction": ("ll_combine", _spoilt(reduction="mean"), "'mean'.*'per_rank' or 'per_copy'"),
@@ -104,7 +114,7 @@ def test_bad_input_is_refused_on_every_rank(pair: Workers, name: str) -> None:
     for kind, text in everywhere:
         assert kind == "InvalidArgument"
         assert_says(text, pattern)
-        assert text.startswith(("dispatch:", "combine:", "low_latency_"))
+        assert text.startswith(("dispatch:", "combine:", "low_latency_", "clean_low_latency_"))
     (kind, text), (own_kind, own_text) = only_at_one
     assert (kind, own_kind) == ("InvalidArgument", "InvalidArgument")
     assert text.endswith(f"rank 1 refused: {own_text}")
@@ -202,15 +212,16 @@ def too_few(group: Any) -> Outcome:
     return outcome
 
 
-def test_handle_of_another_buffer(pair: Workers) -> None:
+def test_handle_of_other_ranks(pair: Workers) -> None:
     for outcomes in pair.run(foreign_handles):
         for kind, text in outcomes:
             assert kind == "InvalidArgument"
-            assert "handle belongs to another buffer" in text or "pass the LowLatencyHandle" in text
+            assert "handle is of another backend or other ranks" in text or "pass the LowLatencyHandle" in text
 
 
 def foreign_handles(group: Any) -> list[Outcome]:
     ours, other = (Scene(deepep.Buffer(group, backend="reference", timeout=20)) for _ in range(2))
+    other.buffer._owner += 1  # as of other processes
     normal, low_latency = other.dispatch()[4], other.ll_dispatch()[2]
     return [
         attempt(ours.cached, handle=normal),

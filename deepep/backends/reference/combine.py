@@ -9,7 +9,7 @@ import torch
 
 from deepep import quant
 from deepep.backends.base import CombineRequest, CombineResult, Layout, Reduction, WeightSource
-from deepep.backends.reference.notify import Notice, notify, op_name
+from deepep.backends.reference.notify import Notice, check_handles, notify, op_name
 from deepep.backends.reference.rows import ordered_sum, return_rows, send_rows, tokens_of_ranks, without
 from deepep.errors import InvalidArgument
 from deepep.layout import last_slots, slot_positions, topk_ranks
@@ -67,11 +67,14 @@ class _Combine:
                 "layout": self.routing.layout.value,
                 "num_experts": self.routing.num_experts,
                 "use of topk_weights": request.topk_weights is not None,
+                "num_topk": _num_topk(request),
                 "reduction": request.reduction.value,
                 "use_logfmt": request.use_logfmt,
             },
+            num_tokens_per_rank=tuple(end - begin for begin, end in self.held),
+            num_tokens_from_rank=tuple(self.coming),
         )
-        notify(self.group, mine, self._time_left(), self.backend.masked)
+        check_handles(self.op, notify(self.group, mine, self._time_left(), self.backend.masked))
 
     def per_rank(self) -> torch.Tensor:
         """One row per (token, rank) travels; gives the sum over ranks, [T, H]."""
@@ -147,6 +150,7 @@ class _Combine:
             out.copy_(total)
             return CombineResult(out, weights)
 
+        @torch.no_grad()
         def finish() -> None:
             out.copy_(total)
 
@@ -214,3 +218,9 @@ class _Combine:
 
     def _time_left(self) -> float:
         return max(self.deadline - time.monotonic(), 0.0)
+
+
+def _num_topk(request: CombineRequest) -> int | None:
+    """Give the K that travels: of the weights, or of a low-latency token."""
+    given = request.scale_topk_idx if request.topk_weights is None else request.topk_weights
+    return None if given is None or given.dim() < 2 else given.shape[1]

@@ -10,7 +10,7 @@ import torch
 
 from deepep import quant
 from deepep.backends.base import DispatchRequest, DispatchResult, Layout, Routing
-from deepep.backends.reference.notify import Notice, check_room, count_matrix, notify, op_name
+from deepep.backends.reference.notify import Notice, check_handles, check_room, count_matrix, notify, op_name
 from deepep.backends.reference.pool import row_pool
 from deepep.backends.reference.rows import send_rows, tokens_of_ranks, without
 from deepep.backends.reference.spread import Spread
@@ -54,7 +54,7 @@ class _Dispatch:
     def fresh(self) -> DispatchResult:
         """Route, agree on counts, move rows and lay them out."""
         request, rank = self.request, self.group.rank
-        counts, notices = self._notify(cached=False)
+        counts, notices = self._notify()
         arriving = counts[:, rank]
         num_tokens = int(arriving.sum())
         num_rows = num_tokens if request.num_worst_rows is None else self._num_worst_tokens()
@@ -94,9 +94,9 @@ class _Dispatch:
 
     def repeat(self, routing: Routing) -> DispatchResult:
         """Move rows along a known routing."""
-        self._notify(cached=True)
         zero = torch.zeros(1, dtype=torch.int64, device="cpu")
         arriving = routing.psum_num_recv_tokens_per_rank.cpu().to(torch.int64).diff(prepend=zero)
+        self._notify(tuple(arriving.tolist()))
         topk_idx, topk_weights = self._receive_topk(arriving, routing.num_recv_tokens)
         return self._lay_out(routing, arriving, topk_idx, topk_weights)
 
@@ -110,7 +110,8 @@ class _Dispatch:
             raise TypeError("a DispatchRequest needs topk_idx, is_token_in_rank or a routing")
         return last_slots(without(ranks, self.backend.masked))
 
-    def _notify(self, cached: bool) -> tuple[torch.Tensor, list[Notice | None]]:
+    def _notify(self, known: tuple[int, ...] = ()) -> tuple[torch.Tensor, list[Notice | None]]:
+        """Tell and hear what comes; `known` is what a handle says will come from each rank."""
         request = self.request
         experts = request.num_tokens_per_expert
         mine = Notice(
@@ -119,14 +120,16 @@ class _Dispatch:
                 "hidden": request.x.shape[1],
                 "dtype": str(request.x.dtype),
                 "number of scale factors": None if request.sf is None else request.sf.shape[1],
+                "dtype of scale factors": None if request.sf is None else str(request.sf.dtype),
                 "num_experts": request.num_experts,
                 "num_max_tokens_per_rank": request.num_max_tokens_per_rank,
                 "num_topk": None if request.topk_idx is None else request.topk_idx.shape[1],
                 "use of topk_weights": request.topk_weights is not None,
                 "layout": request.layout.value,
-                "cached handle": cached,
+                "cached handle": bool(known),
             },
             num_tokens_per_rank=tuple(pick.numel() for pick in self.picks),
+            num_tokens_from_rank=known,
             num_tokens_per_expert=() if experts is None else tuple(experts.tolist()),
             num_worst_rows=None if request.num_worst_rows is None else self._num_worst_tokens(),
         )
@@ -134,6 +137,7 @@ class _Dispatch:
         counts = count_matrix(notices)
         counts[:, self.backend.masked] = 0
         check_room(mine.op, notices, counts)
+        check_handles(mine.op, notices)
         return counts, notices
 
     def _num_worst_tokens(self) -> int:

@@ -22,7 +22,8 @@ class Notice:
     Attributes:
         op: the operation, e.g. "dispatch".
         terms: what must be equal on all ranks, by name.
-        num_tokens_per_rank: rows this rank will send to each rank; empty in an operation whose routing is known.
+        num_tokens_per_rank: rows this rank will send to each rank.
+        num_tokens_from_rank: rows its handle says that each rank will send; empty without one.
         num_tokens_per_expert: counts for a dispatch without top-k, else empty.
         num_worst_rows: rows this rank has room for; None if it takes what comes.
         refusal: why this rank will not take part, or None.
@@ -31,6 +32,7 @@ class Notice:
     op: str
     terms: dict[str, object]
     num_tokens_per_rank: tuple[int, ...] = ()
+    num_tokens_from_rank: tuple[int, ...] = ()
     num_tokens_per_expert: tuple[int, ...] = ()
     num_worst_rows: int | None = None
     refusal: str | None = None
@@ -77,6 +79,19 @@ def check_room(op: str, notices: list[Notice | None], counts: torch.Tensor) -> N
                 f"{op}: {arriving[rank]} rows arrive at rank {rank}, whose num_worst_tokens is "
                 f"{notice.num_worst_rows}; it must be at least {arriving[rank]}"
             )
+
+
+def check_handles(op: str, notices: list[Notice | None]) -> None:
+    """Refuse, on every rank alike, when handles are not of the same dispatch, as far as numbers of rows show it."""
+    present = [(rank, notice) for rank, notice in enumerate(notices) if notice is not None]
+    for receiver, theirs in present:
+        for sender, said in present:
+            expected = theirs.num_tokens_from_rank[sender] if theirs.num_tokens_from_rank else None
+            if expected is not None and expected != said.num_tokens_per_rank[receiver]:
+                raise InvalidArgument(
+                    f"{op}: rank {sender} has {said.num_tokens_per_rank[receiver]} rows for rank {receiver}, whose "
+                    f"handle says {expected}; all ranks must pass the handle of the same dispatch"
+                )
 
 
 def _agree(notices: list[Notice | None]) -> None:
