@@ -108,6 +108,9 @@ class Front:
     def get_dispatch_input_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Give a tensor inside the window: a dispatch of it is not staged.
 
+        The tensors of one kind share their memory. Ask before CUDA graphs are captured: what they stage may lie where a
+        larger tensor is given later.
+
         Args:
             shape: [T, H] of the payload.
             dtype: of the payload.

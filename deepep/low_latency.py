@@ -14,7 +14,16 @@ from deepep.event import EventOverlap
 from deepep.handle import LowLatencyHandle, make_low_latency_handle, routing_of
 from deepep.layout import align
 from deepep.quant import GROUP_SIZE, SfFormat
-from deepep.validate import Payload, check_experts, check_rows, check_tensor, check_topk, check_written, whole_number
+from deepep.validate import (
+    ROW_BYTES_MULTIPLE,
+    Payload,
+    check_experts,
+    check_rows,
+    check_tensor,
+    check_topk,
+    check_written,
+    whole_number,
+)
 
 if TYPE_CHECKING:
     from deepep.front import Front
@@ -193,6 +202,8 @@ class LowLatencyMixin(_Base):
                 )
             if out is not None:
                 check_written(op, "out", out, torch.bfloat16, (num_tokens, handle.hidden), device)
+                if out.data_ptr() % ROW_BYTES_MULTIPLE:
+                    raise InvalidArgument(f"{op}: out must begin at a multiple of {ROW_BYTES_MULTIPLE} bytes")
             added = _REDUCTIONS.get(reduction)
             if added is None:
                 raise InvalidArgument(f"{op}: reduction is {reduction!r}; it must be 'per_rank' or 'per_copy'")

@@ -74,7 +74,8 @@ __device__ bool find_sources(const Operation& op, const DispatchArgs& args, Sour
         source.tokens = reinterpret_cast<const uint32_t*>(metadata);
         source.entries = source.tokens + args.metadata_rows;
         source.weights = reinterpret_cast<const float*>(source.entries + uint64_t{args.metadata_rows} * args.num_topk);
-        atomicMax(num_passes, ceil_div(max_of(theirs[kHeaderTokens], 1u), source.ring));
+        // Laps of its own, too: this rank waits for its own credit like for any other.
+        atomicMax(num_passes, ceil_div(max_of(theirs[kHeaderTokens], 1u), theirs[kHeaderRing]));
     }
     __syncthreads();
     return !op.failed();

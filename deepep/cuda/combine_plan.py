@@ -58,7 +58,8 @@ def plan_of(engine: Engine, request: CombineRequest, x: torch.Tensor) -> Combine
     )  # fmt: skip
     plan = engine.plans.get(key)
     if plan is None:
-        plan = _plan(engine, request, x)
+        with engine.refusing():
+            plan = _plan(engine, request, x)
         engine.remember(key, plan)
     return plan
 

@@ -100,10 +100,15 @@ class _Dispatch:
         # While the CPU would wait for notify, or else once everything is launched.
         views = self._views(block) if plan.is_exact else None
         num_compact, num_rows = self._sizes()
-        recv_x, recv_sf = self._receive(num_rows, is_cleared=False)
-        metadata, weights = self._receive_metadata(num_compact, num_rows)
-        if copied:
-            self.engine.copies.join(self.engine.stream())
+        try:
+            recv_x, recv_sf = self._receive(num_rows, is_cleared=False)
+            metadata, weights = self._receive_metadata(num_compact, num_rows)
+        except BaseException:  # out of memory: the others need not wait for this rank
+            self.engine.barrier_launch(is_close=True)
+            raise
+        finally:
+            if copied:
+                self.engine.copies.join(self.engine.stream())
         self._fetch()
         src_token, expanded_row, idx = self._metadata_views(metadata, num_compact)
         if request.routing is not None:

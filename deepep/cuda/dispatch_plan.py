@@ -100,7 +100,8 @@ def plan_of(engine: Engine, request: DispatchRequest) -> Plan:
     )  # fmt: skip
     plan = engine.plans.get(key)
     if plan is None:
-        plan = _Planner(engine, request).plan()
+        with engine.refusing():
+            plan = _Planner(engine, request).plan()
         engine.remember(key, plan)
     return plan
 

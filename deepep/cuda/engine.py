@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,6 +15,7 @@ import torch
 from deepep.backends.base import BackendOptions
 from deepep.cuda import driver, jit, kernels
 from deepep.cuda.arguments import MAX_RANKS, BarrierArgs, HostWord, Window
+from deepep.cuda.call_order import CallOrder
 from deepep.cuda.copies import Copies
 from deepep.cuda.host_words import HostWords
 from deepep.cuda.launch import current_stream, runtime
@@ -53,6 +56,7 @@ class Engine:
         device: index of the CUDA device.
         ranks_per_gpu: ranks that share it; they divide its multiprocessors.
         timeout: longest wait for a peer, seconds.
+        order: in which operations run, those of low latency included.
         plans: of dispatches and combines, by shape; for as many shapes as `remember` keeps.
     """
 
@@ -63,10 +67,12 @@ class Engine:
     device: int
     ranks_per_gpu: int
     timeout: float
+    order: CallOrder = field(default_factory=CallOrder)
     plans: dict[Any, Any] = field(default_factory=dict)
     _scratch: dict[int, torch.Tensor] = field(default_factory=dict)
     _handles: dict[str, int] = field(default_factory=dict)
-    _inputs: dict[str, int] = field(default_factory=dict)
+    _inputs: dict[str, tuple[int, int]] = field(default_factory=dict)  # kind -> offset in the window, bytes
+    _input_bytes: int = 0
     _ticket: int = 0
 
     def __post_init__(self) -> None:
@@ -101,7 +107,8 @@ class Engine:
         self.plans[key] = plan
 
     def prepare(self, window: Window, num_experts: int) -> None:
-        """Fill in what differs between calls: scratch memory and the ticket that marks this call's host words."""
+        """Begin: wait for calls on other streams, and fill in scratch memory and the ticket that marks host words."""
+        self.order.enter(self.stream())
         self._ticket = self._ticket % 0xFFFFFFFF + 1
         window.ticket = self._ticket
         scratch = self._scratch.get(num_experts)
@@ -111,6 +118,15 @@ class Engine:
             scratch = torch.empty(num_words, dtype=torch.int32, device=f"cuda:{self.device}")
             self._scratch[num_experts] = scratch
         window.scratch = scratch.data_ptr()
+
+    @contextlib.contextmanager
+    def refusing(self) -> Iterator[None]:
+        """What is wrong in here is known to this rank alone, before it has begun: let the others know."""
+        try:
+            yield
+        except InvalidArgument:
+            self.barrier_launch(is_refusal=True)
+            raise
 
     def launch(self, spec: jit.KernelSpec, num_sms: int, num_threads: int, smem: int, args: ctypes.Structure) -> None:
         """Start a kernel on torch's current stream."""
@@ -165,33 +181,36 @@ class Engine:
     @property
     def ring_bytes(self) -> int:
         """Bytes of the payload region that are not handed out as input buffers."""
-        return self.window_map.payload_bytes - sum(self._inputs.values())
+        return self.window_map.payload_bytes - self._input_bytes
 
     def input_buffer(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Give a tensor inside the window; each kind has one place, which grows when asked for more.
+        """Give a tensor inside the window; each kind has one place, and what is asked for again lies there, too.
 
         Raises:
             InvalidArgument: the window is too small; says what would do.
         """
         needed = align(max(torch.Size(shape).numel() * dtype.itemsize, 1), _ALIGNMENT)
-        granted = dict(self._inputs)
-        granted[kind] = max(needed, granted.get(kind, 0))
-        total, limit = sum(granted.values()), self.window_map.payload_bytes
-        if total > limit // 2:
-            more = self.window_map.num_bytes + 2 * total - limit
-            raise InvalidArgument(
-                f"get_{kind}_input_buffer: {total} bytes do not fit half of this window's {limit}; build the buffer "
-                f"with at least {more} bytes"
-            )
-        self._inputs = granted
-        # Buffers lie at the end, dispatch's last, and rings before them.
-        end = self.window_map.payload + limit - (granted.get("dispatch", 0) if kind == "combine" else 0)
-        return self.memory.as_tensor(end - granted[kind], shape, dtype)
+        limit, end = self.window_map.payload_bytes, self.window_map.payload + self.window_map.payload_bytes
+        offset, size = self._inputs.get(kind, (end, 0))
+        if needed > size:
+            # From the end of the window down, rings before them all: what was given to another kind is never moved.
+            is_lowest = offset == end - self._input_bytes
+            total = self._input_bytes + needed - (size if is_lowest else 0)
+            if total > limit // 2:
+                more = self.window_map.num_bytes + 2 * total - limit
+                raise InvalidArgument(
+                    f"get_{kind}_input_buffer: {total} bytes do not fit half of this window's {limit}; build the "
+                    f"buffer with at least {more} bytes"
+                )
+            self._input_bytes = total
+            offset, _ = self._inputs[kind] = (end - total, needed)
+        return self.memory.as_tensor(offset, shape, dtype)
 
     def close(self) -> None:
         """Give the status page back; kernels must be over."""
         self.words.close()
         self._scratch.clear()
+        self.order.close()
         if "copies" in self.__dict__:
             self.copies.close()
 

@@ -23,12 +23,14 @@ from deepep.backends.base import (
     Routing,
 )
 from deepep.cuda import driver, jit, ll_structs
+from deepep.cuda.call_order import CallOrder
 from deepep.cuda.launch import runtime
 from deepep.cuda.ll_grid import Grids
 from deepep.cuda.ll_plan import DispatchPlan
 from deepep.cuda.ll_state import LlRouting, identity
 from deepep.cuda.ll_structs import Division, LlCleanArgs, LlCombineArgs, LlCommon, LlDispatchArgs, LlShape, Shape, magic
-from deepep.errors import InvalidArgument
+from deepep.errors import BufferDestroyed, InvalidArgument
+from deepep.stream import tensors_in
 
 _MOST_PLANS = 256
 
@@ -71,11 +73,13 @@ class Settings:
 class LowLatencyEngine:
     """Launches of one window, divided for one shape. A change of shape makes a new one over cleaned memory."""
 
-    def __init__(self, window: Window, division: Division, settings: Settings) -> None:
+    def __init__(self, window: Window, division: Division, settings: Settings, order: CallOrder | None = None) -> None:
         shape, device = settings.shape, settings.device
         self.shape = shape
         self.division = division
-        self._device = device
+        self.device = device
+        self._order = order or CallOrder()
+        self.is_over = False  # its window is divided otherwise by now, or gone
         self._dispatch_kernel, self._combine_kernel, self._clean_kernel = (
             jit.load(spec, device) for spec in shape.kernels
         )
@@ -125,7 +129,7 @@ class LowLatencyEngine:
 
     def dispatch(self, request: DispatchRequest) -> DispatchResult:
         """Serve a padded dispatch request."""
-        shape, x = self.shape, request.x
+        shape, x = self.shape, _aligned(request.x)
         num_local, room = shape.num_local_experts, shape.num_ranks * shape.num_max_tokens
         plan = self._plan(x.shape[0], request.num_sms, request.sf_format, request.split_phases)
         parts = plan.parts
@@ -142,7 +146,7 @@ class LowLatencyEngine:
         common = args.common
         routing.address(common)
         common.wait_stats = _pointer(request.wait_recv_cost_stats)
-        kernel, kept = self._dispatch_kernel.handle, (request, recv_x, routing)
+        kernel, kept = self._dispatch_kernel.handle, (request, x, recv_x, routing)
         finish = self._start(kernel, plan.num_blocks, self._grids.table_bytes, args, request.split_phases, kept)
         # Views are made while the kernel runs.
         return DispatchResult(
@@ -163,7 +167,7 @@ class LowLatencyEngine:
     def combine(self, request: CombineRequest, x: torch.Tensor) -> CombineResult:
         """Serve a combine request of padded rows `x` [L, R*M, H]."""
         routing: LlRouting = request.routing.private
-        is_per_copy = request.reduction is Reduction.PER_COPY
+        is_per_copy, x = request.reduction is Reduction.PER_COPY, _aligned(x)
         self._check_combine(request, routing, is_per_copy)
         out = request.out
         if out is None:
@@ -214,18 +218,21 @@ class LowLatencyEngine:
     ) -> _SecondPhase | None:
         """Launch both phases, or the first one and give back what launches the second."""
         args.common.phases = ll_structs.SEND if in_two_phases else ll_structs.SEND | ll_structs.RECV
-        self._launch(kernel, num_blocks, smem, args)
+        stream = self._launch(kernel, num_blocks, smem, args)
         if not in_two_phases:
             return None
         args = type(args).from_buffer_copy(args)
         args.common.phases = ll_structs.RECV
-        return _SecondPhase(self, kernel, num_blocks, smem, args, kept)
+        return _SecondPhase(self, kernel, num_blocks, smem, args, stream, kept)
 
-    def _launch(self, kernel: int, num_blocks: int, smem: int, args: ctypes.Structure) -> None:
-        driver.ensure_context(self._device)
-        stream = torch._C._cuda_getCurrentRawStream(self._device)
+    def _launch(self, kernel: int, num_blocks: int, smem: int, args: ctypes.Structure) -> int:
+        """Launch on the current stream, and give its handle."""
+        driver.ensure_context(self.device)
+        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        self._order.enter(stream)
         address = ctypes.addressof(args)
         self._runtime.launch(kernel, num_blocks, ll_structs.NUM_THREADS, smem, stream, address, pdl=self._starts_early)
+        return stream
 
     def _routing(self, request: DispatchRequest, private: LlRouting) -> Routing:
         shape = self.shape
@@ -259,10 +266,25 @@ class _SecondPhase:
     num_blocks: int
     smem: int
     args: LlDispatchArgs | LlCombineArgs
+    stream: int  # of the first phase
     kept: tuple[object, ...]  # what the kernel reads and writes must live until then
 
     def __call__(self) -> None:
-        self.engine._launch(self.kernel, self.num_blocks, self.smem, self.args)
+        if self.engine.is_over:
+            raise BufferDestroyed(
+                "low_latency: the hook comes after its buffer was destroyed, or after a call of another shape divided "
+                "the window anew; call hooks before that"
+            )
+        engine = self.engine
+        if engine._launch(self.kernel, self.num_blocks, self.smem, self.args) != self.stream:
+            # Memory of what is let go of now must not be given away before this stream has read it.
+            for tensor in tensors_in(self.kept):
+                tensor.record_stream(torch.cuda.current_stream(engine.device))
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """Kernels load 16 bytes at once: copy rows that begin elsewhere than at a multiple of that."""
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 def _pointer(tensor: torch.Tensor | None) -> int:

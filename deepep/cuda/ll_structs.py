@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from deepep.cuda.jit import KernelSpec
+from deepep.errors import InvalidArgument
 from deepep.layout import align
 
 MAX_RANKS = 64
@@ -20,6 +21,7 @@ SPARE_BYTES = 1 << 20
 _STATE_BYTES = 4096
 _CHOICE_BYTES = 16
 _SLOT_ALIGNMENT = 128
+_MOST_NUMBERS = 1 << 32  # of vectors of expert outputs
 
 
 class Kernels(NamedTuple):
@@ -189,8 +191,19 @@ class Division:
 
 
 def divide(shape: Shape) -> Division:
-    """Divide the window: state, then per bank words and slots, each array at a multiple of 128 bytes."""
+    """Divide the window: state, then per bank words and slots, each array at a multiple of 128 bytes.
+
+    Raises:
+        InvalidArgument: rows of all experts are more than kernels can number.
+    """
     ranks, tokens = shape.num_ranks, shape.num_max_tokens
+    num_rows = shape.num_local_experts * ranks * tokens
+    if num_rows * (shape.hidden // 8) > _MOST_NUMBERS or num_rows > _MOST_NUMBERS // 2:
+        raise InvalidArgument(
+            f"low_latency: {shape.num_local_experts} experts with room for {ranks} x {tokens} rows of {shape.hidden} "
+            f"channels are {16 * num_rows * (shape.hidden // 8)} bytes of bf16; backend 'ipc' takes at most "
+            f"{16 * _MOST_NUMBERS} bytes and {_MOST_NUMBERS // 2} rows"
+        )
     words = {
         "headers": ranks,
         "counts": shape.num_experts,

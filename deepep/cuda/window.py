@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from deepep.backends.base import BackendOptions
 from deepep.cuda.arguments import CONTROL_BYTES, HEADER_WORDS, Window
+from deepep.errors import InvalidArgument
 from deepep.layout import align
 
 MAX_LOCAL_EXPERTS = 2048
@@ -14,6 +15,8 @@ NUM_PASSES = 16384
 MIN_METADATA_BYTES = 1 << 20
 MIN_PAYLOAD_BYTES = 16 << 20
 _ALIGNMENT = 4096
+_MOST_BYTES = 16 << 32
+"""Ranks tell each other where rows are in units of 16 bytes, as 32-bit numbers."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,10 @@ def map_window(num_ranks: int, options: BackendOptions) -> WindowMap:
         offset = align(offset + size, _ALIGNMENT)
     payload_bytes = max(options.num_bytes - offset, MIN_PAYLOAD_BYTES, _rows_bytes(options))
     struct.payload, struct.payload_bytes = offset, align(payload_bytes, _ALIGNMENT)
-    return WindowMap(struct, offset + int(struct.payload_bytes))
+    num_bytes = offset + int(struct.payload_bytes)
+    if num_bytes > _MOST_BYTES:
+        raise InvalidArgument(f"backend 'ipc': a window of {num_bytes} bytes; at most {_MOST_BYTES} can be addressed")
+    return WindowMap(struct, num_bytes)
 
 
 def metadata_row_bytes(num_topk: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -40,6 +41,7 @@ def engine_of(num_ranks: int = 2, room: int | None = None, ranks_per_gpu: int = 
         memory=FakeMemory(memory), window_map=window_map, window=window_map.struct, num_ranks=num_ranks,
         ranks_per_gpu=ranks_per_gpu, smem_bytes=200 << 10, plans={}, remember=lambda *_: None,
         ring_bytes=window_map.payload_bytes if room is None else room, num_sms=lambda wanted: wanted or 24,
+        refusing=contextlib.nullcontext,
     )  # fmt: skip
     return cast(Engine, fake), memory
 

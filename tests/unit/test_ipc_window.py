@@ -25,6 +25,13 @@ def test_regions_follow_each_other(num_ranks: int, num_bytes: int) -> None:
     assert found.payload + found.payload_bytes == found.num_bytes >= num_bytes
 
 
+def test_a_window_is_no_larger_than_ranks_can_tell_each_other() -> None:
+    largest = 64 << 30
+    window.map_window(2, BackendOptions(num_bytes=largest - (1 << 20)))
+    with pytest.raises(InvalidArgument, match=f"at most {largest} can be addressed"):
+        window.map_window(2, BackendOptions(num_bytes=largest + 1))
+
+
 def test_eight_ranks_need_less_than_half_of_the_rivals_memory() -> None:
     options = BackendOptions(num_max_tokens_per_rank=4096, hidden=7168, num_topk=8)
     found = window.map_window(8, options)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from deepep import CommTimeout, InvalidArgument
+from deepep import BufferDestroyed, CommTimeout, InvalidArgument
 from deepep.backends.ipc.low_latency import LowLatency
-from deepep.cuda import ll_structs
-from deepep.cuda.ll_structs import LlState
+from deepep.cuda import ll_engine, ll_structs
+from deepep.cuda.ll_structs import LlState, Shape
 
 NUM_RANKS = 3
 
@@ -42,6 +42,30 @@ def make(enable_shrink: bool) -> Any:
     low_latency._memory = FakeMemory()
     low_latency._status = SimpleNamespace(host=np.zeros(2 + NUM_RANKS, dtype=np.uint64))
     return low_latency
+
+
+def test_sizes_are_compared_before_the_window_is_divided() -> None:
+    low_latency = make(enable_shrink=False)
+    ours, theirs = (Shape(NUM_RANKS, 6, 2, num_max_tokens, 128) for num_max_tokens in (8, 9))
+    low_latency._group.all_gather_object = lambda *_args, **_kwargs: [ours, ours, ours]
+    low_latency._agree(ours)
+    low_latency._group.all_gather_object = lambda *_args, **_kwargs: [ours, theirs, ours]
+    for mine in (ours, theirs):
+        with pytest.raises(InvalidArgument, match="num_max_tokens: rank 0 has 8 and rank 1 has 9"):
+            low_latency._agree(mine)
+
+
+def test_rows_that_kernels_cannot_number_are_refused() -> None:
+    ll_structs.divide(Shape(8, 256, 8, 16384, 8192))
+    with pytest.raises(InvalidArgument, match=r"32 experts.*at most 68719476736 bytes"):
+        ll_structs.divide(Shape(8, 256, 8, 16385, 8192))
+
+
+def test_a_hook_does_not_outlive_its_window() -> None:
+    engine: Any = SimpleNamespace(is_over=True)
+    hook = ll_engine._SecondPhase(engine, 0, 1, 0, ll_structs.LlCombineArgs(), 0, ())
+    with pytest.raises(BufferDestroyed, match="the hook comes after its buffer was destroyed"):
+        hook()
 
 
 def test_a_missing_rank_is_named_by_every_later_call() -> None:

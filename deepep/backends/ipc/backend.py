@@ -57,7 +57,7 @@ class IpcBackend(Backend):
         if options.low_latency_mode:
             from deepep.backends.ipc.low_latency import LowLatency
 
-            self._low_latency = LowLatency(group, options, self._device, per_gpu)
+            self._low_latency = LowLatency(group, options, self._device, per_gpu, self._engine.order)
 
     @classmethod
     def probe(cls) -> Availability:
@@ -106,6 +106,7 @@ class IpcBackend(Backend):
     def barrier(self) -> None:
         """Let the current stream go on once every rank has called this."""
         self._engine.status.begin("barrier")
+        self._engine.order.enter(self._engine.stream())
         self._engine.barrier_launch()
 
     def destroy(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from deepep.backends.base import (
 )
 from deepep.backends.ipc.memory import SymmetricMemory
 from deepep.cuda import ll_structs
+from deepep.cuda.call_order import CallOrder
 from deepep.cuda.host_words import HostWords
 from deepep.cuda.ll_engine import LowLatencyEngine, Settings
 from deepep.cuda.ll_state import LlRouting
@@ -41,14 +42,16 @@ class LowLatency:
     makes all ranks meet and must not happen inside a graph capture; graphs captured before must not be replayed then.
     """
 
-    def __init__(self, group: Group, options: BackendOptions, device: int, ranks_per_gpu: int) -> None:
+    def __init__(
+        self, group: Group, options: BackendOptions, device: int, ranks_per_gpu: int, order: CallOrder
+    ) -> None:
         if group.num_ranks > ll_structs.MAX_RANKS:
             raise UnsupportedOperation(
                 f"low_latency: backend 'ipc' serves at most {ll_structs.MAX_RANKS} ranks, the group has "
                 f"{group.num_ranks}; use backend='reference'"
             )
         self._group, self._options, self._device = group, options, device
-        self._ranks_per_gpu = ranks_per_gpu
+        self._ranks_per_gpu, self._order = ranks_per_gpu, order
         num_bytes = options.num_rdma_bytes + ll_structs.SPARE_BYTES
         self._memory = SymmetricMemory(group, num_bytes, device, options.timeout)
         self._status = HostWords(8 * (2 + group.num_ranks))
@@ -97,6 +100,13 @@ class LowLatency:
             if self._next_combine_x is None:
                 raise InvalidArgument("low_latency_combine: zero_copy=True, but no combine buffer was asked for")
             x = self._next_combine_x
+            if x.shape != request.x.shape:
+                raise InvalidArgument(
+                    f"low_latency_combine: the combine buffer is {list(x.shape)} and the handle's rows are "
+                    f"{list(request.x.shape)}; ask for the buffer with this handle"
+                )
+            # Another one may be asked for, and this one be let go of, while kernels read it.
+            x.record_stream(torch.cuda.current_stream(self._device))
         shape = routing.shape
         if request.reduction is Reduction.PER_COPY and shape.num_topk > shape.num_ranks:
             shape = replace(shape, per_copy=True)
@@ -143,6 +153,8 @@ class LowLatency:
 
     def close(self) -> None:
         """Give everything back; may be called twice, never raises and never waits for other ranks."""
+        if self._engine is not None:
+            self._engine.is_over = True
         self._engine = None
         self._memory.close()
         self._status.close()
@@ -203,7 +215,10 @@ class LowLatency:
                 "before the capture"
             )
         division = divide(shape)
+        self._agree(shape)
         is_first = self._engine is None
+        if self._engine is not None:
+            self._engine.is_over = True
         if division.num_bytes > self._memory.num_bytes:
             torch.cuda.current_stream().synchronize()
             mask = self._mask().clone()
@@ -216,6 +231,23 @@ class LowLatency:
             self._clean(engine)
         return engine
 
+    def _agree(self, shape: Shape) -> None:
+        """Compare sizes with the other ranks, since kernels store at offsets that follow from them.
+
+        Not where ranks may be lost: nobody could say which ones to wait for. (There the sizes must be equal.)
+        """
+        if self._options.enable_shrink:
+            return
+        everyone = self._group.all_gather_object(shape, op="low_latency", timeout=self._options.timeout)
+        for rank, theirs in enumerate(everyone):
+            for field in fields(shape):
+                said, expected = getattr(theirs, field.name), getattr(everyone[0], field.name)
+                if said != expected:
+                    raise InvalidArgument(
+                        f"low_latency: ranks disagree about {field.name}: rank 0 has {expected} and rank {rank} has "
+                        f"{said}; it must be equal on all ranks"
+                    )
+
     def _make_engine(self, shape: Shape, division: Division) -> LowLatencyEngine:
         options = self._options
         settings = Settings(
@@ -227,7 +259,7 @@ class LowLatency:
             timeout=options.timeout,
             is_shrinkable=options.enable_shrink,
         )
-        return LowLatencyEngine(self._memory, division, settings)
+        return LowLatencyEngine(self._memory, division, settings, self._order)
 
     def _clean(self, engine: LowLatencyEngine) -> None:
         """Ranks meet, clear the window, and meet again; on the device where some may be masked."""
