@@ -100,6 +100,8 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--count", type=int, default=200)
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("host_time.py needs an NVIDIA GPU that torch can use; there is none")
     with launch.Workers(1, device="cuda") as workers:
         (times,) = workers.run(_bench, args, timeout=100.0)
     print(f"{'us':28} {'first launch':>12} {'last launch':>12} {'return':>8}")

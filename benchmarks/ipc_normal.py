@@ -197,6 +197,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--json", default="")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("ipc_normal.py needs NVIDIA GPUs that torch can use; there are none")
     results = {}
     with launch.Workers(args.ranks, device="cuda") as workers:
         for num_sms in args.num_sms:

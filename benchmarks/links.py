@@ -3,7 +3,7 @@
     python benchmarks/links.py --json links.json
 
 Two GPUs with peer access are measured in both directions at once; one GPU alone copies inside its own memory, which
-says what two ranks that share it can reach. Needs cupy.
+says what two ranks that share it can reach. Needs cupy: pip install ".[bench13]" (or bench12 beside a CUDA 12 driver).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ def main() -> None:
     parser.add_argument("--row-bytes", type=int, nargs="+", default=[14336, 7392])
     parser.add_argument("--num-rows", type=int, default=16384)
     options = parser.parse_args()
+    problem = _problem()
+    if problem:
+        sys.exit(f"links.py {problem}")
     link = Link(options.num_rows)
     figures = []
     for row_bytes in options.row_bytes:
@@ -58,6 +62,19 @@ def main() -> None:
             "figures": [asdict(figure) for figure in figures],
         }
         options.json.write_text(json.dumps(report, indent=1))
+
+
+def _problem() -> str:
+    """Say what is missing to measure anything; nothing if nothing is."""
+    try:
+        import cupy
+    except ImportError:
+        return "needs cupy: pip install '.[bench13]' (or '.[bench12]' beside a CUDA 12 driver)"
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"needs an NVIDIA GPU that cupy can use: {error}"
+    return ""
 
 
 class Link:

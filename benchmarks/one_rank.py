@@ -30,6 +30,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--profile-host", action="store_true", help="where Python spends a call's time")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("one_rank.py needs an NVIDIA GPU that torch can use; there is none")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     num_tokens, hidden, experts, topk = args.tokens, args.hidden, 256, 8
     x = torch.randn(num_tokens, hidden, device="cuda").to(torch.bfloat16)

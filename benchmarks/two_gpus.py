@@ -3,11 +3,13 @@
     python benchmarks/two_gpus.py --out benchmarks/results/h200-x2.json
     python benchmarks/two_gpus.py --table benchmarks/results/h200-x2.json                          # print as Markdown
     python benchmarks/two_gpus.py --table benchmarks/results/h200-x2.json --plot docs/h200-x2.png  # and draw the sweep
+    python benchmarks/two_gpus.py --only "low latency" "8 SMs" --out some.json                     # some steps only
 
 Ceilings of the link; the contract with a rank per GPU; whole operations against NCCL on the same bytes; low latency; a
-sweep over multiprocessors; at last, under MPS, the contract with eight ranks on the two GPUs. Every step ends at its
-limit and leaves no process behind; what earlier steps found is kept, whatever becomes of the others. NVLink multicast
-stays off. With one GPU the same steps run with both ranks on it (start MPS first).
+sweep over multiprocessors; few multiprocessors; at last, under MPS, low latency with four and eight ranks and the
+contract with eight ranks on the two GPUs. Every step ends at its limit and leaves no process behind; what earlier steps
+found is kept, whatever becomes of the others. NVLink multicast stays off. With one GPU the same steps run with both
+ranks on it (start MPS first).
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
 
 from deepep.bench.plan import ROUTINGS, Plan
 from deepep.bench.report import as_json, summarise
@@ -79,6 +83,9 @@ def steps(backend: str) -> Iterator[Step]:
     for dtype in ("fp8", "bf16"):
         plan = _plan(backend, 4096, dtype, num_sms=SWEEP, num_iters=10)
         yield Step(f"sweep over SMs, {dtype}", 75, plan=plan)
+    for dtype in ("fp8", "bf16"):
+        # A point of the sweep with a name of its own: all there is to see where ranks share a GPU's multiprocessors.
+        yield Step(f"8 SMs, {dtype}", 45, plan=_plan(backend, 4096, dtype, num_sms=(8,), num_iters=10))
     for num_ranks in (4, 8):
         bench = (sys.executable, "-m", "deepep", "bench", "--device", "cuda", "--backend", backend, "--low-latency")
         for num_tokens in LOW_LATENCY_TOKENS:
@@ -111,11 +118,13 @@ def main() -> int:
     options = parser.parse_args()
     report: dict[str, Any]
     if options.table:
-        report = json.loads(options.table.read_text())
+        report = _read(options.table)
         print(markdown(report))
         if options.plot:
             plot_sweep(options.plot, report)
         return 0
+    if not torch.cuda.is_available():
+        sys.exit("two_gpus.py needs NVIDIA GPUs that torch can use; without any, --table prints a file of results")
     report = {"commit": options.commit or _commit(), "steps": [], "runs": []}
     os.environ.update(MULTICAST_OFF)
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(Workers(2, device="cuda")) as workers:
@@ -129,6 +138,15 @@ def main() -> int:
     if options.plot:
         plot_sweep(options.plot, report)
     return int(any(done["exit_status"] for done in report["steps"]))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a file that this program wrote."""
+    report: dict[str, Any] = json.loads(path.read_text())
+    if "runs" not in report:
+        kind = "figures of links.py" if "figures" in report else "something else"
+        sys.exit(f"{path} has no 'runs' to print: it holds {kind}, not a report of two_gpus.py")
+    return report
 
 
 def _run(step: Step, folder: Path, workers: Workers, report: dict[str, Any]) -> None:
@@ -225,28 +243,32 @@ def _line(row: dict[str, Any]) -> str:
     def number(value: float | None, digits: int = 1) -> str:
         return "–" if value is None else f"{value:.{digits}f}"
 
-    cells = [row["op"], row["routing"], str(row["num_sms"] or "auto"), *(number(row[clock]) for clock in CLOCKS)]
+    # `get`: files that are older than a clock do not have it.
+    cells = [row["op"], row["routing"], str(row["num_sms"] or "auto"), *(number(row.get(clock)) for clock in CLOCKS)]
     cells += [number(row["remote_bytes_per_second"] / 1e9, 0), number(row["ratio_to_floor"], 2), number(row["bare_us"])]
     return "| " + " | ".join(cells) + " |"
 
 
 def plot_sweep(path: Path, report: dict[str, Any]) -> None:
-    """Draw time over multiprocessors: a line per operation, and the floor of the link."""
+    """Draw time over multiprocessors: for each operation the lower of two clocks, and the time at the floor's rate."""
+    sweeps = [run for run in report["runs"] if run["step"].startswith("sweep") and "results" in run]
+    if not sweeps:
+        sys.exit(f"{path} is not drawn: there is no run of a sweep over multiprocessors")
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    sweeps = [run for run in report["runs"] if run["step"].startswith("sweep") and "results" in run]
-    figure, all_axes = plt.subplots(1, max(len(sweeps), 1), figsize=(6.5 * max(len(sweeps), 1), 4.5), squeeze=False)
-    for axes, run in zip(all_axes[0], sweeps, strict=False):
+    figure, all_axes = plt.subplots(1, len(sweeps), figsize=(6.5 * len(sweeps), 4.5), squeeze=False)
+    for axes, run in zip(all_axes[0], sweeps, strict=True):
         for op in dict.fromkeys(row["op"] for row in run["results"] if row["op"] != "layout"):
             rows = [row for row in run["results"] if row["op"] == op]
             best = [min(row[clock] for clock in ("events_us", "replay_us") if row[clock]) for row in rows]
             axes.plot([row["num_sms"] for row in rows], best, marker="o", label=op)
             if rows[0]["floor_us"]:
                 axes.axhline(rows[0]["floor_us"], color="black", linewidth=0.5)
-        axes.set(xscale="log", yscale="log", xlabel="multiprocessors", ylabel="us", title=run["step"])
+        axes.set(xscale="log", yscale="log", xlabel="multiprocessors", title=run["step"])
+        axes.set_ylabel("us, the lower of events and graph replay")
         axes.set_xticks([row["num_sms"] for row in rows], [str(row["num_sms"]) for row in rows])
         axes.legend()
     figure.tight_layout()
