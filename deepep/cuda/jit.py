@@ -226,14 +226,18 @@ class Kernel:
 
 
 @functools.cache
-def _load_module(spec: KernelSpec, device: int) -> Any:
+def _load_module(spec: KernelSpec, device: int, is_debug: bool) -> Any:  # noqa: ARG001 - options follow from it
     cubin = compile_kernel(spec, driver.arch_of(device)).path.read_bytes()
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # makes the context current
         return driver.call("cuModuleLoadData", cubin)
 
 
-@functools.cache
 def load(spec: KernelSpec, device: int) -> Kernel:
     """Load a kernel on a device, compiling its file first if need be; raises as `compile_kernel` does."""
-    return Kernel(_load_module(replace(spec, name=""), device), spec.name)
+    return _load(spec, device, env.debug())
+
+
+@functools.cache
+def _load(spec: KernelSpec, device: int, is_debug: bool) -> Kernel:
+    return Kernel(_load_module(replace(spec, name=""), device, is_debug), spec.name)

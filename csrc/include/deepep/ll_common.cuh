@@ -38,7 +38,7 @@ __device__ __forceinline__ uint64_t ll_word(uint32_t epoch, uint32_t value) {
 struct LlShared {
     uint64_t peers[kMostChoices];
     uint32_t mask[kMostChoices];
-    uint32_t waited_ns[kMostChoices];  // longest wait of this block for each rank, where statistics are asked for
+    uint32_t waited_us[kMostChoices];  // longest wait of this block for each rank, where statistics are asked for
     uint64_t deadline;
     uint32_t epoch;
 };
@@ -89,7 +89,7 @@ struct LlCall {
         }
         shared.peers[rank] = peer;
         shared.mask[rank] = mask;
-        shared.waited_ns[rank] = 0;
+        shared.waited_us[rank] = 0;
         if (!is_sending || mask != 0) return;
         // First tell, then wait: a rank may wait for what only this launch tells it.
 #pragma unroll
@@ -166,7 +166,7 @@ struct LlCall {
         if (!(args.phases & kLlRecv)) return;
         if (threadIdx.x == 0) add_release_gpu(&state->num_read[op][epoch % kLlBanks], 1);
         if (args.wait_stats != 0 && blockIdx.x == 0 && threadIdx.x < args.shape.num_ranks) {
-            pointer<uint64_t>(args.wait_stats)[threadIdx.x] += shared.waited_ns[threadIdx.x] / 1000;
+            pointer<uint64_t>(args.wait_stats)[threadIdx.x] += shared.waited_us[threadIdx.x];
         }
     }
 
@@ -200,7 +200,7 @@ struct LlCall {
     }
 
     __device__ void note_wait(uint32_t rank, uint64_t start) const {
-        atomicMax(&shared.waited_ns[rank], static_cast<uint32_t>(global_timer_ns() - start));
+        atomicMax(&shared.waited_us[rank], static_cast<uint32_t>((global_timer_ns() - start) / 1000));
     }
 
     __device__ bool has_given_up(uint32_t rank, bool is_early = false) const {

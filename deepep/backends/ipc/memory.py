@@ -166,19 +166,21 @@ class SymmetricMemory:
         table_offset = leave_offset + round_up(4 * group.num_ranks, 16)
         total = table_offset + 8 * group.num_ranks
         own, card = self._allocate(kind, total)
+        mappings: dict[int, Mapping] = {}
         try:
             cards = self._gather(group, card)
             mappings, error = _open_all(cards, group.rank, kind, self.device)
             errors = self._gather(group, error)
+            bad = {rank: text for rank, text in enumerate(errors) if text}
+            if own is None or bad:
+                _close(mappings)
+                self._gather(group, None)  # everyone has unmapped
         except CommTimeout:
+            _close(mappings)
             if own is not None:
                 own.free()
             raise
-        bad = {rank: text for rank, text in enumerate(errors) if text}
         if own is None or bad:
-            for mapping in mappings.values():
-                mapping.close()
-            self._gather(group, None)  # everyone has unmapped
             if own is not None:
                 own.free()
             return f"{kind.kind}: " + ", ".join(f"rank {rank}: {text}" for rank, text in bad.items())
@@ -253,6 +255,11 @@ def _open_all(cards: list[_Card], rank: int, kind: type[Segment], device: int) -
         if error:
             return mappings, f"cannot map rank {peer} ({error})"
     return mappings, ""
+
+
+def _close(mappings: dict[int, Mapping]) -> None:
+    for mapping in mappings.values():
+        mapping.close()
 
 
 def _check_peer_access(card: _Card, device: int) -> str:

@@ -111,7 +111,7 @@ class VmmSegment(Segment):
         flag = driver.bindings().CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED
         num_bytes = round_up(num_bytes, int(driver.call("cuMemGetAllocationGranularity", prop, flag)))
         handle = driver.call("cuMemCreate", num_bytes, prop, 0)
-        return cls(_map_handle(handle, num_bytes, device), num_bytes, handle)
+        return cls(_map_or_release(handle, num_bytes, device), num_bytes, handle)
 
     def ticket(self) -> tuple[str, int]:
         """The name of a socket that hands the descriptor out, and the size."""
@@ -131,7 +131,7 @@ class VmmSegment(Segment):
             handle = driver.call("cuMemImportFromShareableHandle", descriptor, kind)
         finally:
             os.close(descriptor)
-        address = _map_handle(handle, num_bytes, device)
+        address = _map_or_release(handle, num_bytes, device)
         return Mapping(address, lambda: _unmap(address, num_bytes, handle))
 
     def free(self) -> None:
@@ -186,16 +186,21 @@ def _vmm_properties(device: int) -> Any:
     return prop
 
 
-def _map_handle(handle: Any, num_bytes: int, device: int) -> int:
-    """Map physical memory into this process, readable and writable by `device`."""
+def _map_or_release(handle: Any, num_bytes: int, device: int) -> int:
+    """Map physical memory into this process, readable and writable by `device`; if that fails, give all of it back."""
     cuda = driver.bindings()
-    address = driver.call("cuMemAddressReserve", num_bytes, 0, 0, 0)
-    driver.call("cuMemMap", address, num_bytes, 0, handle, 0)
-    access = cuda.CUmemAccessDesc()
-    access.location.type = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-    access.location.id = device
-    access.flags = cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-    driver.call("cuMemSetAccess", address, num_bytes, [access], 1)
+    address = 0
+    try:
+        address = driver.call("cuMemAddressReserve", num_bytes, 0, 0, 0)
+        driver.call("cuMemMap", address, num_bytes, 0, handle, 0)
+        access = cuda.CUmemAccessDesc()
+        access.location.type = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        access.location.id = device
+        access.flags = cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        driver.call("cuMemSetAccess", address, num_bytes, [access], 1)
+    except DeepEPError:
+        _unmap(address, num_bytes, handle)  # what was not done yet is not undone, quietly
+        raise
     return int(address)
 
 
