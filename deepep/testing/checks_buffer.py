@@ -169,7 +169,10 @@ def check_worst_case(group: Any, target: Target, case: Case) -> None:
 
 
 def check_async(group: Any, target: Target, case: Case) -> None:
-    """The asynchronous forms give the same once their event has been waited for; either kind of event is taken."""
+    """The asynchronous forms give the same once their event has been waited for; either kind of event is taken.
+
+    Calls on the current stream may come before that.
+    """
     import deepep
 
     scene, buffer = Scene.of(case, group.rank()), target.buffer(group, case)
@@ -190,6 +193,13 @@ def check_async(group: Any, target: Target, case: Case) -> None:
     y, _, event = buffer.combine(mine, got[4], async_finish=True)
     event.current_stream_wait()
     found.equal("y without previous_event", y, scene.combined(outputs))
+    # Calls run one after another, whatever streams they are on: nothing is waited for in between.
+    under_way = [dispatch(buffer, target, scene, async_finish=True) for _ in range(2)]
+    y, _, _ = buffer.combine(mine, got[4])
+    found.equal("y beside asynchronous calls", y, scene.combined(outputs))
+    for got in under_way:
+        got[5].current_stream_wait()
+        _compare_dispatch(found, scene, got)
     buffer.destroy()
     found.finish()
 

@@ -137,6 +137,21 @@ def check_low_latency_stats(group: Any, target: Target, case: Case) -> None:
     found.finish()
 
 
+def check_low_latency_unaligned(group: Any, target: Target, case: Case) -> None:
+    """Rows may begin anywhere: slices of larger tensors are as good as others."""
+    scene, buffer = Scene.of(case, group.rank()), target.buffer(group, case, low_latency_mode=True)
+    found = Findings(scene.rank)
+    topk_idx, weights = target.put(scene.mine.topk_idx), target.put(scene.mine.topk_weights)
+    x = target.put_unaligned(scene.mine.x)
+    got = buffer.low_latency_dispatch(x, topk_idx, case.num_max_tokens_per_rank, case.num_experts, use_fp8=False)
+    compare(found, scene, got)
+    outputs = padded_outputs(scene)
+    y = buffer.low_latency_combine(target.put_unaligned(poisoned_outputs(scene, outputs)), topk_idx, weights, got[2])[0]
+    found.equal("y", y, expected_low_latency_combine(scene.route, scene.inputs, outputs, scene.rank))
+    buffer.destroy()
+    found.finish()
+
+
 def check_low_latency_after_normal(group: Any, target: Target, case: Case) -> None:
     """`clean_low_latency_buffer` makes a buffer that served normal calls ready for low latency."""
     from deepep.testing.checks_buffer import dispatch

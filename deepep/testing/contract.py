@@ -67,6 +67,7 @@ CHECKS: dict[str, Check] = {
     "low_latency_zero_copy": Check(checks_low_latency.check_low_latency_zero_copy, _LOW_LATENCY, _FEW_LOW_LATENCY),
     "low_latency_phases": Check(checks_low_latency.check_low_latency_phases, _LOW_LATENCY, _FEW_LOW_LATENCY),
     "low_latency_stats": Check(checks_low_latency.check_low_latency_stats, _LOW_LATENCY, _FEW_LOW_LATENCY),
+    "low_latency_unaligned": Check(checks_low_latency.check_low_latency_unaligned, _LOW_LATENCY, _FEW_LOW_LATENCY),
     "low_latency_after_normal": Check(checks_low_latency.check_low_latency_after_normal, _LOW_LATENCY, _ONE),
     "low_latency_mask": Check(checks_low_latency.check_low_latency_mask, _LOW_LATENCY, _FEW_LOW_LATENCY, min_ranks=2),
     "elastic_compact": Check(checks_elastic.check_elastic_compact, _ALL),

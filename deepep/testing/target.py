@@ -76,6 +76,11 @@ class Target:
         # `to` keeps strides only where elements leave no gaps.
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=self.device).copy_(tensor)
 
+    def put_unaligned(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Move a contiguous tensor to an address that is a multiple of its elements' size only."""
+        room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=self.device)
+        return room[1:].view(tensor.shape).copy_(tensor)
+
     def payload(self, x: torch.Tensor, sf: torch.Tensor | None) -> Any:
         """Hand a payload over as programs do: alone, or as a pair with its scale factors."""
         return self.put(x) if sf is None else (self.put(x), self.put(sf))
