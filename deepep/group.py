@@ -196,10 +196,13 @@ def make_group(group: Any = None, comm: Any = None) -> Group:
 
 
 def torch_members(group: Any) -> tuple[int, ...]:
-    """Give the global ranks of a torch process group."""
+    """Give the global ranks of a torch process group; none where torch does not know them."""
     import torch.distributed as dist
 
-    return tuple(dist.get_process_group_ranks(group))
+    try:
+        return tuple(dist.get_process_group_ranks(group))
+    except (KeyError, RuntimeError, ValueError):
+        return ()  # made without torch's registry
 
 
 def _over_torch(group: Any) -> Group:

@@ -39,7 +39,7 @@ class GlooGroup(Group):
     @property
     def members(self) -> tuple[int, ...]:
         """Global ranks."""
-        return torch_members(self.raw)
+        return torch_members(self.raw) or super().members
 
     def _exchange_bytes(
         self, send: Sequence[torch.Tensor], recv: Sequence[torch.Tensor], op: str, limit: Limit
