@@ -26,7 +26,7 @@ SIZE_ALIGNMENT = 2 << 20
 DEFAULT_NUM_TOPK = 32
 """Assumed where a caller gives no `num_topk`."""
 DEFAULT_NVLINK_GBS = 366.0
-"""What TMA loads from a peer reach between two H200, GB/s each way: assumed where a caller gives no speed."""
+"""What kernels reach at best between two H200, GB/s each way: assumed where a caller gives no speed."""
 DEFAULT_RDMA_GBS = 50.0
 """A network card of 400 Gb/s: likewise."""
 

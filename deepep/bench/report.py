@@ -17,7 +17,7 @@ from deepep.bench.plan import Plan
 from deepep.bench.run import RankReport, Timing
 from deepep.version import __version__
 
-# What NVLink of one Hopper GPU was measured to carry each way, bytes per second: the floor of every operation.
+# What kernels reach at best over NVLink of a Hopper GPU, each way, bytes per second: the yardstick of every operation.
 _NVLINK_BYTES_PER_SECOND = 365e9
 _NVLINK_GPUS = ("H100", "H200")
 _LABELS = f"{'operation':36}  routing      SMs"
@@ -35,7 +35,7 @@ class Row:
         in_a_row_us: replay of a graph of many calls, per call.
         kernels_us: all kernels of the operation.
         remote_bytes: to or from other ranks, of the rank with most.
-        remote_bytes_per_second: over the best clock that covers the whole operation.
+        remote_bytes_per_second: by events, or by wall on a CPU.
         floor_us: remote bytes at the speed of the link, where it is known.
         ratio_to_floor: of that clock.
         bare: what moved the same bytes in bare all-to-all calls, or None.

@@ -70,13 +70,13 @@ def check_too_few_rows(group: Any, target: Target, case: Case) -> None:
 
 
 def check_misuse(group: Any, target: Target, case: Case) -> None:
-    """A handle of another buffer and a destroyed buffer are refused by name."""
+    """Rows that do not fit the handle and a destroyed buffer are refused by name; a handle outlives its buffer."""
     scene = Scene.of(case, group.rank())
     buffer, other = target.buffer(group, case), target.buffer(group, case)
     found = Findings(scene.rank)
     handle = dispatch(other, target, scene)[4]
     x = target.put(scene.outputs()[scene.rank])
-    _expect(found, "handle of another buffer", target, InvalidArgument, buffer.combine, x, handle)
+    found.equal("y of another buffer's handle", buffer.combine(x, handle)[0], scene.combined(scene.outputs()))
     handle = dispatch(buffer, target, scene)[4]
     too_long = torch.cat([x, x[:1]]) if len(x) else x.new_zeros(1, case.hidden)
     _expect(found, "rows", target, InvalidArgument, buffer.combine, too_long, handle)
