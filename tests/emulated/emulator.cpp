@@ -189,8 +189,20 @@ extern "C" void emu_launch(uint64_t queue, void* entry, const void* args, uint64
     emu::queues[queue].push_back(std::move(launch));
 }
 
-// Run all launches to their end; null, or what went wrong.
-extern "C" const char* emu_run(uint64_t seed, uint64_t ns_per_round, uint64_t most_rounds) {
+// A copy engine's work, to be launched in turn with kernels: target, source, number of bytes.
+extern "C" void emu_copy(const void* args) {
+    constexpr uint64_t kPiece = 256;
+    const uint64_t* words = static_cast<const uint64_t*>(args);
+    for (uint64_t at = emu::current->thread * kPiece; at < words[2]; at += emu::current->block->threads * kPiece) {
+        emu::yield();
+        memcpy(reinterpret_cast<char*>(words[0] + at), reinterpret_cast<char*>(words[1] + at),
+               std::min(kPiece, words[2] - at));
+    }
+}
+
+// Run launches until a word has a value or, without a word, to their end; null, or what went wrong.
+extern "C" const char* emu_run(uint64_t seed, uint64_t ns_per_round, uint64_t most_rounds, const uint64_t* word,
+                               uint64_t value) {
     using namespace emu;
     random_number.seed(seed);
     problem.clear();
@@ -211,7 +223,7 @@ extern "C" const char* emu_run(uint64_t seed, uint64_t ns_per_round, uint64_t mo
                 launches.pop_front();
             }
         }
-        if (blocks.empty()) return nullptr;
+        if (blocks.empty() || (word != nullptr && *word == value)) return nullptr;
         if (round == most_rounds) problem = "no end in sight";
         std::shuffle(blocks.begin(), blocks.end(), random_number);
         bool has_moved = false;

@@ -104,10 +104,10 @@ T add(T* address, T value) {
     yield();
     return old;
 }
-template <typename T>
-T max_in_place(T* address, T value) {
+template <typename T, typename V>
+T swap_if(T* address, bool is_so, V value) {
     const T old = *address;
-    if (value > old) *address = value;
+    if (is_so) *address = static_cast<T>(value);
     return old;
 }
 
@@ -136,22 +136,56 @@ inline uint32_t ballot(bool is_so, int place) {
     for (uint32_t lane = 0; lane < kWarp; ++lane) bits |= static_cast<uint32_t>(votes[lane]) << lane;
     return bits;
 }
-inline uint32_t reduce_or(uint32_t value, int place) {
+template <typename Step>
+uint32_t reduce(uint32_t value, int place, Step step) {
     const uint64_t* all = exchange(value, place);
     uint32_t result = 0;
-    for (uint32_t lane = 0; lane < kWarp; ++lane) result |= static_cast<uint32_t>(all[lane]);
+    for (uint32_t lane = 0; lane < kWarp; ++lane) result = step(result, static_cast<uint32_t>(all[lane]));
     return result;
+}
+inline uint32_t reduce_or(uint32_t value, int place) {
+    return reduce(value, place, [](uint32_t a, uint32_t b) { return a | b; });
 }
 inline uint32_t reduce_max(uint32_t value, int place) {
-    const uint64_t* all = exchange(value, place);
-    uint32_t result = 0;
-    for (uint32_t lane = 0; lane < kWarp; ++lane)
-        result = all[lane] > result ? static_cast<uint32_t>(all[lane]) : result;
+    return reduce(value, place, [](uint32_t a, uint32_t b) { return a > b ? a : b; });
+}
+inline uint32_t reduce_add(uint32_t value, int place) {
+    return reduce(value, place, [](uint32_t a, uint32_t b) { return a + b; });
+}
+
+template <typename T>
+uint64_t pack(T value) {
+    uint64_t bits = 0;
+    memcpy(&bits, &value, sizeof(T));
+    return bits;
+}
+// The value of the lane that `lane_of` makes of one's own number.
+template <typename T, typename LaneOf>
+T shuffle(T value, int place, LaneOf lane_of) {
+    const uint64_t* all = exchange(pack(value), place);
+    T result;
+    memcpy(&result, &all[lane_of(current->thread % kWarp) % kWarp], sizeof(T));
     return result;
 }
-inline uint32_t shuffle_xor(uint32_t value, uint32_t mask, int place) {
-    const uint64_t* all = exchange(value, place);
-    return static_cast<uint32_t>(all[(current->thread ^ mask) % kWarp]);
+template <typename T>
+T shuffle_from(T value, uint32_t lane, int place) {
+    return shuffle(value, place, [=](uint32_t) { return lane; });
+}
+template <typename T>
+T shuffle_xor(T value, uint32_t mask, int place) {
+    return shuffle(value, place, [=](uint32_t lane) { return lane ^ mask; });
+}
+template <typename T>
+T shuffle_up(T value, uint32_t distance, int place) {
+    return shuffle(value, place, [=](uint32_t lane) { return lane < distance ? lane : lane - distance; });
+}
+template <typename T>
+uint32_t match_any(T value, int place) {
+    const uint64_t mine = pack(value);
+    const uint64_t* all = exchange(mine, place);
+    uint32_t same = 0;
+    for (uint32_t lane = 0; lane < kWarp; ++lane) same |= static_cast<uint32_t>(all[lane] == mine) << lane;
+    return same;
 }
 
 }  // namespace emu
@@ -165,7 +199,12 @@ inline uint32_t shuffle_xor(uint32_t value, uint32_t mask, int place) {
 #define __ballot_sync(mask, is_so) emu::ballot(is_so, __COUNTER__)
 #define __reduce_or_sync(mask, value) emu::reduce_or(value, __COUNTER__)
 #define __reduce_max_sync(mask, value) emu::reduce_max(value, __COUNTER__)
+#define __reduce_add_sync(mask, value) emu::reduce_add(value, __COUNTER__)
+#define __match_any_sync(mask, value) emu::match_any(value, __COUNTER__)
+#define __shfl_sync(mask, value, lane) emu::shuffle_from(value, lane, __COUNTER__)
 #define __shfl_xor_sync(mask, value, lanes) emu::shuffle_xor(value, lanes, __COUNTER__)
+#define __shfl_up_sync(mask, value, distance) emu::shuffle_up(value, distance, __COUNTER__)
+#define __nanosleep(ns) emu::yield()
 #define __popc(value) __builtin_popcount(value)
 #define __ffs(value) __builtin_ffs(value)
 #define __ffsll(value) __builtin_ffsll(value)
@@ -175,6 +214,8 @@ inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(
 inline float __uint_as_float(uint32_t bits) { return emu::float_of(bits); }
 inline uint32_t __float_as_uint(float value) { return emu::bits_of(value); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline int __float2int_rn(float value) { return static_cast<int>(nearbyintf(value)); }
 
 template <typename T, typename V>
@@ -183,5 +224,13 @@ T atomicAdd(T* address, V value) {
 }
 template <typename T, typename V>
 T atomicMax(T* address, V value) {
-    return emu::max_in_place(address, static_cast<T>(value));
+    return emu::swap_if(address, static_cast<T>(value) > *address, value);
+}
+template <typename T, typename V>
+T atomicMin(T* address, V value) {
+    return emu::swap_if(address, static_cast<T>(value) < *address, value);
+}
+template <typename T, typename C, typename V>
+T atomicCAS(T* address, C expected, V value) {
+    return emu::swap_if(address, static_cast<T>(expected) == *address, value);
 }

@@ -1,4 +1,4 @@
-"""Compiles low-latency kernels for the CPU and runs them there: threads are fibers, ranks are queues of launches."""
+"""Compiles kernels for the CPU and runs them there: threads are fibers, ranks are queues of launches."""
 
 from __future__ import annotations
 
@@ -6,20 +6,30 @@ import ctypes
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from translate import translate
 
+from deepep.cuda import kernels, ll_structs
+from deepep.cuda.arguments import BarrierArgs, CombineArgs, DispatchArgs
+from deepep.cuda.jit import KernelSpec
 from deepep.cuda.ll_structs import LlCleanArgs, LlCombineArgs, LlDispatchArgs
 from deepep.cuda.sources import source_root
 
 _HERE = Path(__file__).parent
-_ARGS: dict[str, type[ctypes.Structure]] = {
-    "ll_dispatch_kernel": LlDispatchArgs,
-    "ll_combine_kernel": LlCombineArgs,
-    "ll_clean_kernel": LlCleanArgs,
+Build = dict[KernelSpec, type[ctypes.Structure]]
+"""Kernels that are compiled together, with the same macros, and what each takes."""
+_LOW_LATENCY_ARGS = (LlDispatchArgs, LlCombineArgs, LlCleanArgs)
+LOW_LATENCY: Build = dict(zip(ll_structs.NARROW, _LOW_LATENCY_ARGS, strict=True))
+LOW_LATENCY_WIDE: Build = dict(zip(ll_structs.WIDE, _LOW_LATENCY_ARGS, strict=True))
+NORMAL: Build = {
+    kernels.NOTIFY: DispatchArgs,
+    kernels.DISPATCH_COMPACT: DispatchArgs,
+    kernels.DISPATCH_EXPANDED: DispatchArgs,
+    **dict.fromkeys(kernels.COMBINE.values(), CombineArgs),
+    kernels.BARRIER: BarrierArgs,
 }
 COMPILER = (shutil.which("c++") or shutil.which("g++")) if sys.platform == "linux" else None
 
@@ -33,14 +43,20 @@ class Emulator:
 
     Args:
         directory: for sources and the library.
-        is_wide: the build for more than 32 ranks or choices.
+        build: which kernels.
+
+    Attributes:
+        queue: of the rank that launches now.
+        before_waiting: what else goes on before a host waits for a kernel's word: other ranks' launches.
     """
 
-    def __init__(self, directory: Path, is_wide: bool = False) -> None:
-        self._library = ctypes.CDLL(str(_build(directory, is_wide)))
+    def __init__(self, directory: Path, build: Build = LOW_LATENCY) -> None:
+        self._library = ctypes.CDLL(str(_compile(directory, build)))
         self._library.emu_run.restype = ctypes.c_char_p
-        self._names = list(_ARGS)
+        self._entries = [(self._library[f"emu_{spec.name}"], ctypes.sizeof(args)) for spec, args in build.items()]
+        self._names = [spec.name for spec in build]
         self.queue = 0
+        self.before_waiting: Callable[[], None] = lambda: None
 
     def handle(self, kernel: str) -> int:
         """Give what `launch` takes for a kernel."""
@@ -48,47 +64,57 @@ class Emulator:
 
     def launch(self, function: int, grid: int, block: int, smem: int, _stream: int, args: int, **_: Any) -> None:
         """Put a launch at the end of the current queue (the signature of `deepep.cuda.launch.Runtime`)."""
-        name = self._names[function]
-        entry = ctypes.cast(getattr(self._library, f"emu_{name}"), ctypes.c_void_p)
-        self._library.emu_launch(
-            ctypes.c_uint64(self.queue), entry, ctypes.c_void_p(args), ctypes.c_uint64(ctypes.sizeof(_ARGS[name])),
-            ctypes.c_uint32(grid), ctypes.c_uint32(block), ctypes.c_uint32(smem),
-        )  # fmt: skip
+        entry, num_bytes = self._entries[function]
+        self._enqueue(entry, args, num_bytes, grid, block, smem)
+
+    def copy(self, target: int, source: int, num_bytes: int) -> None:
+        """Put a copy of the copy engine at the end of the current queue."""
+        words = (ctypes.c_uint64 * 3)(target, source, num_bytes)
+        self._enqueue(self._library.emu_copy, ctypes.addressof(words), ctypes.sizeof(words), 1, 32, 0)
+
+    def wait_word(self, address: int, value: int, _timeout_s: float) -> bool:
+        """Run until the word at a host address has a value; False if it never gets it."""
+        queue = self.queue
+        self.before_waiting()
+        self.queue = queue
+        word = ctypes.c_uint64.from_address(address)
+        self._run(0, until=(address, value))
+        return word.value == value
 
     def run(self, seed: int, ns_per_round: int = 100, most_rounds: int = 100_000) -> None:
         """Run all launches, those of different queues beside each other, in an order that follows from the seed."""
-        problem = self._library.emu_run(*map(ctypes.c_uint64, (seed, ns_per_round, most_rounds)))
+        self._run(seed, ns_per_round, most_rounds)
+
+    def _enqueue(self, entry: Any, args: int, num_bytes: int, grid: int, block: int, smem: int) -> None:
+        self._library.emu_launch(
+            ctypes.c_uint64(self.queue), ctypes.cast(entry, ctypes.c_void_p), ctypes.c_void_p(args),
+            ctypes.c_uint64(num_bytes), ctypes.c_uint32(grid), ctypes.c_uint32(block), ctypes.c_uint32(smem),
+        )  # fmt: skip
+
+    def _run(
+        self, seed: int, ns_per_round: int = 100, most_rounds: int = 100_000, until: tuple[int, int] = (0, 0)
+    ) -> None:
+        problem = self._library.emu_run(*map(ctypes.c_uint64, (seed, ns_per_round, most_rounds, *until)))
         if problem is not None:
             raise EmulationError(problem.decode())
 
 
-def _sources() -> Iterator[Path]:
-    root = source_root()
-    yield from sorted((root / "include" / "deepep").glob("*.cuh"))
-    yield from sorted((root / "transports").glob("*.cuh"))
-    yield from (root / _file(name) for name in _ARGS)
-
-
-def _file(kernel: str) -> str:
-    return f"kernels/{kernel.removesuffix('_kernel')}.cu"
-
-
-def _build(directory: Path, is_wide: bool) -> Path:
-    for path in _sources():
-        target = directory / path.relative_to(source_root())
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(translate(path.read_text()))
+def _compile(directory: Path, build: Build) -> Path:
+    names = {spec.source: [one.name for one in build if one.source == spec.source] for spec in build}
+    _copy_sources(directory, names)
     flags = ["-std=c++17", "-O1", "-w", "-fPIC", "-ffp-contract=off", f"-I{_HERE}", f"-I{directory / 'include'}"]
-    flags += [f"-I{directory}", f"-DDEEPEP_LL_WIDE={int(is_wide)}", '-DDEEPEP_TRANSPORT_HEADER="transports/p2p.cuh"']
+    flags += [f"-I{directory}", '-DDEEPEP_TRANSPORT_HEADER="transports/p2p.cuh"']
+    flags += {f"-D{name}={value}" for spec in build for name, value in spec.defines}
+    args = {spec.name: f"deepep::{struct.__name__}" for spec, struct in build.items()}
     units = [_HERE / "emulator.cpp"]
-    for name, args in _ARGS.items():
-        unit = directory / f"{name}.cpp"
-        unit.write_text(
-            f'#include "emulator.h"\n#define deepep {name}_scope\n#include "{_file(name)}"\n'
-            f'extern "C" void emu_{name}(const void* args) {{\n'
-            f"    {name}(*static_cast<const deepep::{args.__name__}*>(args));\n}}\n"
-        )
-        units.append(unit)
+    for source, entries in names.items():
+        units.append(directory / f"{Path(source).stem}.cpp")
+        text = f'#include "emulator.h"\n#define deepep {Path(source).stem}_scope\n#include "{source}"\n'
+        for name in entries:
+            text += (
+                f'extern "C" void emu_{name}(const void* args) {{ {name}(*static_cast<const {args[name]}*>(args)); }}\n'
+            )
+        units[-1].write_text(text)
     library = directory / "libemulated.so"
     objects, running = [], []
     for unit in units:
@@ -99,3 +125,13 @@ def _build(directory: Path, is_wide: bool) -> Path:
         raise RuntimeError("kernels do not compile for the CPU")
     subprocess.run([str(COMPILER), "-shared", *map(str, objects), "-o", str(library)], check=True)
     return library
+
+
+def _copy_sources(directory: Path, kernel_files: Iterable[str]) -> None:
+    """Put translated sources where they are compiled."""
+    root = source_root()
+    headers = [*(root / "include" / "deepep").glob("*.cuh"), *(root / "transports").glob("*.cuh")]
+    for path in (*headers, *(root / file for file in kernel_files)):
+        target = directory / path.relative_to(root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(translate(path.read_text()))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulator import COMPILER, Emulator
+from emulator import COMPILER, LOW_LATENCY_WIDE, Emulator
 from world import Step, World
 
 from deepep.backends.base import CombineResult, DispatchResult, Reduction
@@ -63,7 +63,7 @@ def test_more_than_32_ranks_or_choices(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, num_ranks: int, num_topk: int
 ) -> None:
     shape = Shape(num_ranks, 66, num_topk, 3, 128)
-    world = World(monkeypatch, Emulator(tmp_path, is_wide=True), shape, num_sms=2)
+    world = World(monkeypatch, Emulator(tmp_path, LOW_LATENCY_WIDE), shape, num_sms=2)
     for seed in range(2):
         step = Step(world, [seed + rank % 3 for rank in range(num_ranks)], seed)
         dispatched = [step.dispatch(rank) for rank in range(num_ranks)]

@@ -40,17 +40,23 @@ _PTX = (
 def translate(source: str) -> str:
     """Turn a kernel's source into C++ for the emulator."""
     source = re.sub(
-        r"extern __shared__ (\w+) (\w+)\[\];",
+        r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];",
         r"\1* \2 = static_cast<\1*>(emu::current->block->dynamic_shared);",
         source,
     )
-    source = re.sub(r"__shared__ (\w+) (\w+)((?:\[[^\]]*\])*);", r"auto& \2 = emu::shared<\1\3>(__COUNTER__);", source)
+    source = re.sub(r"__shared__ (\w+) ([^;]+);", _shared, source)
     parts, at = [], 0
     for match in re.finditer(r"\basm(?: volatile)?\(", source):
         end = _closing(source, match.end())
         parts += [source[at : match.start()], "{ " + _meaning(source[match.end() : end]) + " }"]
         at = end + 2  # the parenthesis and the semicolon
     return "".join(parts) + source[at:]
+
+
+def _shared(declaration: re.Match[str]) -> str:
+    kind, names = declaration.groups()
+    each = re.findall(r"(\w+)((?:\[[^\]]*\])*)", names)
+    return " ".join(f"auto& {name} = emu::shared<{kind}{sizes}>(__COUNTER__);" for name, sizes in each)
 
 
 def _meaning(statement: str) -> str:
