@@ -189,6 +189,9 @@ extern "C" void emu_launch(uint64_t queue, void* entry, const void* args, uint64
     emu::queues[queue].push_back(std::move(launch));
 }
 
+// Drop what was launched and has not been run to its end.
+extern "C" void emu_forget() { emu::abandon(); }
+
 // A copy engine's work, to be launched in turn with kernels: target, source, number of bytes.
 extern "C" void emu_copy(const void* args) {
     constexpr uint64_t kPiece = 256;

@@ -85,6 +85,10 @@ class Emulator:
         """Run all launches, those of different queues beside each other, in an order that follows from the seed."""
         self._run(seed, ns_per_round, most_rounds)
 
+    def forget(self) -> None:
+        """Drop what was launched and has not been run to its end: its memory may be gone."""
+        self._library.emu_forget()
+
     def _enqueue(self, entry: Any, args: int, num_bytes: int, grid: int, block: int, smem: int) -> None:
         self._library.emu_launch(
             ctypes.c_uint64(self.queue), ctypes.cast(entry, ctypes.c_void_p), ctypes.c_void_p(args),

@@ -50,6 +50,7 @@ class NormalWorld:
         monkeypatch.setattr(engine, "runtime", lambda: emulator)
         monkeypatch.setattr(engine, "HostWords", _Words)
         monkeypatch.setattr(engine, "Copies", lambda _device: _Copies(emulator))
+        emulator.forget()
         self.emulator, num_ranks = emulator, case.num_ranks
         options = BackendOptions(num_max_tokens_per_rank=case.num_max_tokens_per_rank, num_topk=case.num_topk)
         window_map = map_window(num_ranks, options)
