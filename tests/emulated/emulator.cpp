@@ -35,7 +35,7 @@ std::map<uint64_t, std::deque<Launch>> queues;
 std::vector<Sent> under_way;  // in the order in which they were sent
 std::mt19937_64 random_number;
 std::vector<char*> stacks;  // to use again
-ucontext_t scheduler;
+jmp_buf scheduler;
 uint64_t time_ns = 0;
 std::string problem;
 
@@ -44,13 +44,15 @@ void run_fiber() {
     block->entry(block->args);
     current->is_done = true;
     block->num_done += 1;
-    swapcontext(&current->context, &scheduler);
+    _longjmp(scheduler, 1);
 }
 
-void* poisoned(size_t size) {
-    void* memory = aligned_alloc(128, (size + 127) / 128 * 128);
-    memset(memory, 0xcd, size);
-    return memory;
+// Until it yields. A function of its own: what `_setjmp` returns to twice has no variables that could be lost.
+[[gnu::noinline]] void switch_to_current() {
+    if (_setjmp(scheduler) != 0) return;
+    if (current->has_begun) _longjmp(current->place, 1);
+    current->has_begun = true;
+    setcontext(&current->context);
 }
 
 void begin(Launch& launch) {
@@ -59,7 +61,7 @@ void begin(Launch& launch) {
         block->index = index, block->grid = launch.grid, block->threads = launch.threads;
         block->entry = launch.entry, block->args = launch.args.data();
         block->warps.resize(launch.threads / kWarp);
-        block->dynamic_shared = poisoned(launch.smem + 1);
+        block->smem = launch.smem + 1, block->dynamic_shared = take_shared(block->smem);
         block->fibers.resize(launch.threads);
         for (uint32_t thread = 0; thread < launch.threads; ++thread) {
             Fiber& fiber = block->fibers[thread];
@@ -90,9 +92,10 @@ void deliver(Condition is_due) {
 
 void end(Block& block) {
     deliver([&](const Sent& sent) { return sent.block == &block; });
+    if (!end_bulk(block) && problem.empty()) problem = "a block ends before its bulk copies have left it";
     for (Fiber& fiber : block.fibers) stacks.push_back(static_cast<char*>(fiber.context.uc_stack.ss_sp));
-    for (auto& [key, memory] : block.shared) free(memory);
-    free(block.dynamic_shared);
+    for (auto& [key, memory] : block.shared) give_shared_back(memory, key.second);
+    give_shared_back(block.dynamic_shared, block.smem);
 }
 
 void abandon() {
@@ -115,7 +118,7 @@ bool turn(Block& block) {
         if (fiber.is_done || (fiber.waits_for != nullptr && *fiber.waits_for == fiber.last)) continue;
         fiber.waits_for = nullptr;
         current = &fiber;
-        swapcontext(&scheduler, &fiber.context);
+        switch_to_current();
         has_moved = true;
         if (!problem.empty()) return true;
     }
@@ -132,7 +135,9 @@ void release() {
     deliver([](const Sent& sent) { return sent.block == current->block; });
 }
 
-void yield() { swapcontext(&current->context, &scheduler); }
+[[gnu::noinline]] void yield() {
+    if (_setjmp(current->place) == 0) _longjmp(scheduler, 1);
+}
 uint64_t now() {
     yield();
     return time_ns;
@@ -175,7 +180,7 @@ bool barrier(uint32_t number, uint32_t num_threads, bool is_so) {
 
 void* shared_bytes(int number, size_t size) {
     void*& memory = current->block->shared[{number, size}];
-    if (memory == nullptr) memory = poisoned(size);
+    if (memory == nullptr) memory = take_shared(size);
     return memory;
 }
 
@@ -226,6 +231,7 @@ extern "C" const char* emu_run(uint64_t seed, uint64_t ns_per_round, uint64_t mo
                 launches.pop_front();
             }
         }
+        if (!problem.empty()) break;
         if (blocks.empty() || (word != nullptr && *word == value)) return nullptr;
         if (round == most_rounds) problem = "no end in sight";
         std::shuffle(blocks.begin(), blocks.end(), random_number);
@@ -238,7 +244,7 @@ extern "C" const char* emu_run(uint64_t seed, uint64_t ns_per_round, uint64_t mo
             for (uint64_t turns = random_number() % 3 + 1; turns > 0 && problem.empty(); --turns)
                 has_moved |= turn(*block);
         }
-        has_moved |= !under_way.empty();
+        has_moved |= move_bulk(random_number) || !under_way.empty();
         deliver([](const Sent&) { return random_number() % 4 == 0; });
         if (!has_moved) problem = "all threads wait for each other";
     }

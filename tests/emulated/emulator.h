@@ -4,6 +4,7 @@
 #pragma once
 
 #include <math.h>
+#include <setjmp.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -12,6 +13,8 @@
 #include <map>
 #include <utility>
 #include <vector>
+
+#include "bulk.h"
 
 #define __device__
 #define __global__
@@ -35,16 +38,19 @@ struct Meeting {
 
 struct Block;
 struct Fiber {
-    ucontext_t context;
+    ucontext_t context;  // to begin with
+    jmp_buf place;       // to go on from: switching by contexts would ask the kernel for signal masks
     Block* block;
     uint32_t thread;
+    bool has_begun = false;
     bool is_done = false;
     const uint32_t* waits_for = nullptr;  // to be no longer `last`
     uint32_t last = 0;
+    uint32_t num_groups = 0;  // of bulk stores
 };
 
 struct Block {
-    uint32_t index, grid, threads;
+    uint32_t index, grid, threads, smem;
     void (*entry)(const void*);
     const void* args;
     uint32_t num_done = 0;
@@ -125,6 +131,15 @@ inline uint32_t bf16_of(float value) {
     const uint32_t bits = bits_of(value);
     if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fff;
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+// FP8, to nearest even; what is too large becomes the largest.
+inline uint32_t e4m3_of(float value) {
+    const float magnitude = fminf(fabsf(value), 448.0f);
+    int exponent;
+    frexpf(magnitude, &exponent);
+    exponent = magnitude < 0x1p-6f ? -6 : exponent - 1;
+    const float steps = nearbyintf(ldexpf(magnitude, 3 - exponent));
+    return (signbit(value) ? 128 : 0) | (static_cast<uint32_t>(exponent + 6) * 8 + static_cast<uint32_t>(steps));
 }
 inline uint32_t max_bf16x2(uint32_t a, uint32_t b) {
     const float low = fmaxf(float_of(a << 16), float_of(b << 16));

@@ -44,14 +44,15 @@ class Emulator:
     Args:
         directory: for sources and the library.
         build: which kernels.
+        has_bulk_copies: as they are compiled for GPUs from sm_90 on.
 
     Attributes:
         queue: of the rank that launches now.
         before_waiting: what else goes on before a host waits for a kernel's word: other ranks' launches.
     """
 
-    def __init__(self, directory: Path, build: Build = LOW_LATENCY) -> None:
-        self._library = ctypes.CDLL(str(_compile(directory, build)))
+    def __init__(self, directory: Path, build: Build = LOW_LATENCY, has_bulk_copies: bool = False) -> None:
+        self._library = ctypes.CDLL(str(_compile(directory, build, has_bulk_copies)))
         self._library.emu_run.restype = ctypes.c_char_p
         self._entries = [(self._library[f"emu_{spec.name}"], ctypes.sizeof(args)) for spec, args in build.items()]
         self._names = [spec.name for spec in build]
@@ -103,14 +104,15 @@ class Emulator:
             raise EmulationError(problem.decode())
 
 
-def _compile(directory: Path, build: Build) -> Path:
+def _compile(directory: Path, build: Build, has_bulk_copies: bool) -> Path:
     names = {spec.source: [one.name for one in build if one.source == spec.source] for spec in build}
     _copy_sources(directory, names)
     flags = ["-std=c++17", "-O1", "-w", "-fPIC", "-ffp-contract=off", f"-I{_HERE}", f"-I{directory / 'include'}"]
     flags += [f"-I{directory}", '-DDEEPEP_TRANSPORT_HEADER="transports/p2p.cuh"']
     flags += {f"-D{name}={value}" for spec in build for name, value in spec.defines}
+    flags += ["-D__CUDA_ARCH__=900"] if has_bulk_copies else []
     args = {spec.name: f"deepep::{struct.__name__}" for spec, struct in build.items()}
-    units = [_HERE / "emulator.cpp"]
+    units = [*_HERE.glob("*.cpp")]
     for source, entries in names.items():
         units.append(directory / f"{Path(source).stem}.cpp")
         text = f'#include "emulator.h"\n#define deepep {Path(source).stem}_scope\n#include "{source}"\n'

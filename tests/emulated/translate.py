@@ -32,7 +32,24 @@ _PTX = (
         "%0 = emu::barrier(%2, %3, %1 != 0);",
     ),
     (r"fence\.acq_rel\.sys;", "emu::release();"),
+    (r"fence\.(proxy\.async|mbarrier_init\.release\.cluster);", ""),
+    (r"mbarrier\.init\.shared::cta\.b64 \[%0\], %1;", "emu::init_arrivals(%0, %1);"),
+    (r"mbarrier\.arrive\.expect_tx\.shared::cta\.b64 _, \[%0\], %1;", "emu::expect_bytes(%0, %1);"),
+    (
+        r"{ \.reg \.pred p; mbarrier\.try_wait\.parity\.shared::cta\.b64 p, \[%1\], %2; .*}",
+        "%0 = emu::has_ended(%1, %2);",
+    ),
+    (
+        r"cp\.async\.bulk\.shared::cluster\.global\.mbarrier::complete_tx::bytes \[%0\], \[%1\], %2, \[%3\];",
+        "emu::bulk_load(%0, %1, %2, %3);",
+    ),
+    (r"cp\.async\.bulk\.global\.shared::cta\.bulk_group \[%0\], \[%1\], %2;", "emu::bulk_store(%0, %1, %2);"),
+    (r"cp\.async\.bulk\.commit_group;", "emu::bulk_commit();"),
+    (r"cp\.async\.bulk\.wait_group\.read 0;", "emu::bulk_wait_read();"),
+    (r"cp\.async\.bulk\.wait_group 4;", "emu::bulk_wait_done(4);"),
+    (r"cp\.async\.bulk\.wait_group 0;", "emu::bulk_wait_done(0);"),
     (r"cvt\.rn\.bf16x2\.f32 %0, %1, %2;", "%0 = emu::bf16_of(%1) << 16 | emu::bf16_of(%2);"),
+    (r"cvt\.rn\.satfinite\.e4m3x2\.f32 %0, %1, %2;", "%0 = emu::e4m3_of(%1) << 8 | emu::e4m3_of(%2);"),
     (r"max\.bf16x2 %0, %0, %1;", "%0 = emu::max_bf16x2(%0, %1);"),
 )
 
