@@ -59,8 +59,11 @@ def dispatch(
         `recv_x` [N, H], `recv_topk_idx` [N, K], `recv_topk_weights` [N, K] or None, aligned counts of the local
         experts (`[]` with `num_worst_tokens`), and the handle for `combine`. Errors as in `Buffer.dispatch`.
     """
-    if not isinstance(x, torch.Tensor):
-        raise InvalidArgument(f"dispatch: x is a {type(x).__name__}; gradients flow through one tensor without sf only")
+    with buffer._checking("dispatch"):
+        if not isinstance(x, torch.Tensor):
+            raise InvalidArgument(
+                f"dispatch: x is a {type(x).__name__}; gradients flow through one tensor without sf only"
+            )
     plan = _Plan(buffer, num_experts, expert_alignment, num_worst_tokens, config)
     return _Dispatch.apply(x, topk_weights, topk_idx, plan)
 
@@ -85,7 +88,10 @@ def combine(
     Returns:
         [T, H]. Errors as in `Buffer.combine`.
     """
-    biases = () if bias is None else (bias,) if isinstance(bias, torch.Tensor) else tuple(bias)
+    with buffer._checking("combine"):
+        biases = () if bias is None else (bias,) if isinstance(bias, torch.Tensor) else tuple(bias)
+        if not isinstance(x, torch.Tensor):
+            raise InvalidArgument(f"combine: x is a {type(x).__name__}; it must be a tensor [N, H]")
     return _Combine.apply(x, buffer, handle, config, *biases)
 
 
@@ -96,7 +102,9 @@ class _Dispatch(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, topk_weights: torch.Tensor | None, topk_idx: torch.Tensor, plan: _Plan
     ) -> tuple[Any, ...]:
-        per_rank, per_host, per_expert, in_rank, _ = plan.buffer.get_dispatch_layout(topk_idx, plan.num_experts)
+        with plan.buffer._checking("dispatch"):
+            layout = plan.buffer.get_dispatch_layout(topk_idx, plan.num_experts)
+        per_rank, per_host, per_expert, in_rank, _ = layout
         recv_x, recv_topk_idx, recv_topk_weights, counts, handle, _ = plan.buffer.dispatch(
             x.contiguous(),
             num_tokens_per_rank=per_rank,

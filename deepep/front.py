@@ -30,6 +30,8 @@ from deepep.version import __version__
 
 Result = TypeVar("Result")
 
+_LONGEST = 1e9  # seconds; what is more, no clock takes
+
 # Handles work with every buffer of the same backend over the same processes; each such set has a number.
 _owner_numbers: dict[tuple[Any, ...], int] = {}
 
@@ -268,7 +270,7 @@ def _checked_timeout(timeout: float | None, default: float) -> float:
     limit = env.timeout(default) if timeout is None else timeout
     if not isinstance(limit, Real) or not 0 < limit < math.inf:
         raise InvalidArgument(f"timeout is {limit!r}; it must be a positive, finite number of seconds")
-    return float(limit)
+    return min(float(limit), _LONGEST)
 
 
 def raise_unless_equal(op: str, name: str, values: list[Any]) -> None:

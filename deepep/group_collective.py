@@ -24,6 +24,8 @@ from deepep.group import Group, Limit, torch_members
 _ROLL_CALL_TIME = 2.0
 _POLL_INTERVAL = 50e-6
 
+# What an unfinished transfer may still write to; it outlives its group.
+_unfinished: list[Any] = []
 _num_groups: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
@@ -42,7 +44,6 @@ class CollectiveGroup(Group):
         _num_groups[group] = number + 1
         self._prefix = f"deepep/{group.group_name}/{number}"
         self._num_exchanges = 0
-        self._unfinished: list[Any] = []
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -62,7 +63,7 @@ class CollectiveGroup(Group):
         work = dist.all_to_all_single(flat_in, flat_out, sizes_in, sizes_out, group=self.raw, async_op=True)
         while not work.is_completed():
             if limit.left == 0:
-                self._unfinished += [work, flat_in, flat_out]
+                _unfinished.append((work, flat_in, flat_out))
                 self._meet(f"late/{self._num_exchanges}", op, limit, _ROLL_CALL_TIME)
                 raise CommTimeout(op, self._peers(), limit.timeout, "all ranks are there, yet the transfer is not done")
             time.sleep(_POLL_INTERVAL)

@@ -18,6 +18,8 @@ from deepep import env
 from deepep.errors import CommTimeout, InvalidArgument
 from deepep.group import Group, Limit
 
+# MPI writes to the memory of unfinished messages until it is finalised: they outlive their groups.
+_unfinished: list[Any] = []
 _FAREWELL_TAG = 1
 _FIRST_TAG = 2
 # MPI counts are C ints; longer messages go in pieces.
@@ -66,8 +68,6 @@ class MpiGroup(Group):
         self._shared = _shared_of(comm)
         self._tag = self._shared.next_tag
         self._shared.next_tag += 1
-        # MPI writes to the memory of unfinished messages until it is finalised.
-        self._unfinished: list[Any] = []
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -85,7 +85,8 @@ class MpiGroup(Group):
             pending += [(peer, comm.Irecv(piece, peer, self._tag)) for piece in _pieces(recv[peer])]
             pending += [(peer, comm.Isend(piece, peer, self._tag)) for piece in _pieces(send[peer])]
         requests = [request for _, request in pending]
-        self._unfinished.append((send, recv, requests))
+        kept = (send, recv, requests)
+        _unfinished.append(kept)
         finished = False
 
         def is_over() -> bool:
@@ -93,9 +94,13 @@ class MpiGroup(Group):
             finished = MPI.Request.Testall(requests)
             return finished or self._has_farewells()
 
-        _poll(is_over, limit)
+        try:
+            _poll(is_over, limit)
+        except BaseException:
+            self._say_farewell(())  # interrupted: the others need not wait
+            raise
         if finished:
-            self._unfinished.pop()
+            _unfinished[:] = [other for other in _unfinished if other is not kept]
             return
         # Testall, unlike Test, leaves single requests alive until all are done.
         error = self._verdict({peer for peer, request in pending if not request.Test()}, op, limit)
@@ -126,7 +131,7 @@ class MpiGroup(Group):
         for peer in range(self.num_ranks):
             if peer != self.rank:
                 request = self._shared.comm.Isend(message, peer, _FAREWELL_TAG)
-                self._unfinished.append((message, request))
+                _unfinished.append((message, request))
 
 
 def _shared_of(comm: MPI.Comm) -> _Shared:

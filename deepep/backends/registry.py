@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from deepep import env
 from deepep.backends.base import Availability, Backend, Capabilities
@@ -17,6 +17,8 @@ from deepep.errors import BackendUnavailable, InvalidArgument
 
 if TYPE_CHECKING:
     from deepep.topology import Topology
+
+_T = TypeVar("_T")
 
 ENTRY_POINT_GROUP = "deepep.backends"
 
@@ -44,8 +46,11 @@ class BackendStatus:
 
 
 def names() -> list[str]:
-    """List all known backends, in the order in which `auto` prefers them; plug-ins come last and only by name."""
-    return [*_BUILT_IN, *(point.name for point in _plugins() if point.name not in _BUILT_IN)]
+    """List all known backends, in the order in which `auto` prefers them; plug-ins come last and only by name.
+
+    Of several plug-ins of one name the first that Python finds counts.
+    """
+    return list(dict.fromkeys([*_BUILT_IN, *(point.name for point in _plugins())]))
 
 
 def load(name: str) -> type[Backend]:
@@ -63,8 +68,8 @@ def load(name: str) -> type[Backend]:
         for point in _plugins():
             if point.name == name:
                 return point.load()
-    except Exception as error:  # what other people's modules raise when imported is their choice
-        raise BackendUnavailable(f"backend '{name}' cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:  # what other people's modules raise when imported is their choice
+        raise BackendUnavailable(f"backend '{name}' cannot be imported: {_said(error)}") from error
     raise _unknown(name)
 
 
@@ -75,11 +80,11 @@ def probe(name: str, topology: Topology | None = None) -> BackendStatus:
     except (BackendUnavailable, InvalidArgument) as error:
         return BackendStatus(name, _why_not_imported(name, error))
     try:
-        availability = backend.probe()
+        availability = _expect(Availability, "probe", backend.probe())
         if availability.ok and topology is not None:
-            availability = backend.probe_topology(topology)
-        capabilities = backend.capabilities() if availability.ok else None
-    except Exception as error:  # noqa: BLE001  a probe must not raise, and one that does must not spoil the table
+            availability = _expect(Availability, "probe_topology", backend.probe_topology(topology))
+        capabilities = _expect(Capabilities, "capabilities", backend.capabilities()) if availability.ok else None
+    except (Exception, SystemExit) as error:  # noqa: BLE001  a probe must not raise, and one that does must not spoil the table
         availability = Availability(False, f"its probe failed with {type(error).__name__}: {error}")
         capabilities = None
     return BackendStatus(name, availability, capabilities)
@@ -155,7 +160,18 @@ def _why_not_imported(name: str, error: Exception) -> Availability:
     cause = error.__cause__
     if isinstance(cause, ModuleNotFoundError) and cause.name and module.startswith(cause.name):
         return Availability(False, "not part of this version", "use ipc on one host, reference across hosts")
-    return Availability(False, str(cause or error))
+    return Availability(False, _said(cause) if cause else str(error))
+
+
+def _said(error: BaseException) -> str:
+    # The text of a SystemExit is only the status.
+    return f"it raised {error!r}" if isinstance(error, SystemExit) else str(error)
+
+
+def _expect(kind: type[_T], method: str, found: object) -> _T:
+    if not isinstance(found, kind):
+        raise TypeError(f"{method}() returned {found!r}, expected {kind.__name__}")
+    return found
 
 
 def _plugins() -> list[importlib.metadata.EntryPoint]:

@@ -137,5 +137,30 @@ def test_a_pair_with_scale_factors_is_refused(workers: Workers) -> None:
     assert all("without sf" in text for text in workers.run(a_pair_is_refused))
 
 
+def one_rank_errs(group: Any) -> list[str]:
+    """Rank 0 passes what is wrong, in turn; the others must hear of it at once."""
+    buffer = Buffer(group, backend="reference", timeout=20)
+    x, idx = torch.zeros(2, HIDDEN), torch.zeros(2, 1, dtype=torch.int64)
+    errs = group.rank() == 0
+    texts = []
+    wrong: list[tuple[Any, Any]] = [(x, idx.int()), (x, idx + 99), (None, idx)]
+    for arguments in wrong:
+        tokens, choices = arguments if errs else (x, idx)
+        with pytest.raises(InvalidArgument) as caught:
+            autograd.dispatch(buffer, tokens, choices, None, 4)
+        texts.append(str(caught.value))
+    recv_x, _, _, _, handle = autograd.dispatch(buffer, x, idx, None, 4)
+    bias: Any = 3 if errs else None
+    with pytest.raises(InvalidArgument) as caught:
+        autograd.combine(buffer, recv_x, handle, bias=bias)
+    return [*texts, str(caught.value)]
+
+
+def test_what_one_rank_does_wrong_is_refused_on_all(workers: Workers) -> None:
+    first, *others = workers.run(one_rank_errs)
+    for own, *texts in zip(first, *others, strict=True):
+        assert all(text.endswith(f"rank 0 refused: {own}") for text in texts)
+
+
 def test_no_torch_operator_is_registered() -> None:
     assert not [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("deepep::")]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +60,26 @@ def check_late_rank(group: Group) -> None:
         group.barrier(op="test", timeout=1.0)
 
 
+def check_late_data(comm: Any, num_bytes: int = 4 << 20) -> None:
+    """What a rank sends to those that gave up on it lands in no memory that others have by now."""
+    pair = make_group(comm=comm)
+    nothing, few, many = (torch.zeros(size, dtype=torch.uint8) for size in (0, 8, num_bytes))
+    if comm.rank == 0:
+        with pytest.raises(CommTimeout):
+            pair.exchange([nothing, few], [nothing, many], op="test", timeout=0.5)
+        del pair, many
+        gc.collect()
+        others = [torch.full((num_bytes,), 7, dtype=torch.uint8) for _ in range(20)]
+        comm.Barrier()
+        comm.Barrier()
+        assert all(bool((other == 7).all()) for other in others)
+    else:
+        comm.Barrier()
+        with pytest.raises(CommTimeout):
+            pair.exchange([many + 9, nothing], [few, nothing], op="test", timeout=1.0)
+        comm.Barrier()
+
+
 def main() -> None:
     comm = MPI.COMM_WORLD
     group, other = make_group(comm=comm), make_group(comm=comm)
@@ -69,6 +91,8 @@ def main() -> None:
     other.barrier(op="test", timeout=30.0)
     halves = make_group(comm=comm.Split(comm.rank % 2, comm.rank))
     assert halves.all_gather_object(comm.rank, op="test", timeout=30.0) == ([1] if comm.rank == 1 else [0, 2])
+    if comm.rank != 1:
+        check_late_data(comm.Create_group(comm.Get_group().Incl([0, 2])))
     print("all is well", flush=True)
 
 

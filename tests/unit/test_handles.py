@@ -125,6 +125,22 @@ def send_parameters(group: Any) -> tuple[Outcome, bool]:
     return outcome, any(result.requires_grad for result in results)
 
 
+@pytest.mark.parametrize("reduction", ["per_rank", "per_copy"])
+def test_choices_are_kept_as_sent(pair: Workers, reduction: str) -> None:
+    """Decoders have one tensor of choices, which they fill again for the next batch."""
+    assert all(pair.run(refill_choices, reduction))
+
+
+def refill_choices(group: Any, reduction: str) -> bool:
+    scene = _scene(group)
+    static = scene.topk_idx.clone()
+    padded, _, handle, _, _ = scene.ll_dispatch(topk_idx=static, use_fp8=False)
+    arguments = (scene.topk_idx, scene.topk_weights, handle)
+    expected = scene.buffer.low_latency_combine(padded, *arguments, reduction=reduction)[0]
+    static.fill_(-1)
+    return torch.equal(scene.buffer.low_latency_combine(padded, *arguments, reduction=reduction)[0], expected)
+
+
 def test_numbers_of_numpy_are_numbers(pair: Workers) -> None:
     assert pair.run(count_with_numpy) == [None, None]
 

@@ -73,7 +73,7 @@ class _Dispatch:
             expert_alignment=request.expert_alignment,
             num_recv_tokens=num_rows,
             num_rows=self._num_rows(num_rows, aligned),
-            topk_idx=request.topk_idx,
+            topk_idx=_kept_choices(request),
             dst_rank=self.dst_rank.to(torch.int32),
             dst_row=dst_rows(self.dst_rank, counts[:rank].sum(dim=0).to(self.device)),
             psum_num_recv_tokens_per_rank=arriving.cumsum(0).to(torch.int32).to(self.device),
@@ -269,6 +269,13 @@ def _cast_payload(request: DispatchRequest) -> DispatchRequest:
         return request
     x, sf = quant.fp8_cast(request.x, request.sf_format)
     return dataclasses.replace(request, x=x, sf=sf, sf_format=None)
+
+
+def _kept_choices(request: DispatchRequest) -> torch.Tensor | None:
+    """Give `topk_idx` as sent. Decoders fill the same tensor again for the next batch, so low latency keeps a copy."""
+    if request.topk_idx is None or request.layout is not Layout.PADDED:
+        return request.topk_idx
+    return request.topk_idx.clone()
 
 
 def _row_bytes(x: torch.Tensor, sf: torch.Tensor | None) -> int:
