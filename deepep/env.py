@@ -39,12 +39,18 @@ def num_hosts() -> int | None:
 
 
 def cache_dir() -> Path:
-    """`DEEPEP_CACHE_DIR`: where compiled kernels are kept; `$XDG_CACHE_HOME/deepep` or `~/.cache/deepep` if unset."""
-    chosen = _text("DEEPEP_CACHE_DIR")
-    if chosen is not None:
-        return Path(chosen).expanduser()
+    """`DEEPEP_CACHE_DIR`: where compiled kernels are kept; `$XDG_CACHE_HOME/deepep` or `~/.cache/deepep` if unset.
+
+    Raises:
+        InvalidArgument: it begins with the home of a user who has none, or nothing is set and this user has none.
+    """
     base = _text("XDG_CACHE_HOME")
-    return (Path(base) if base is not None else Path.home() / ".cache") / "deepep"
+    default = "~/.cache/deepep" if base is None else str(Path(base) / "deepep")
+    chosen = _text("DEEPEP_CACHE_DIR") or default
+    try:
+        return Path(chosen).expanduser()
+    except RuntimeError as error:  # no such user, or one without a home, as in containers with made-up user ids
+        raise InvalidArgument(f"{chosen}: {error}; set DEEPEP_CACHE_DIR to a folder for compiled kernels") from error
 
 
 def debug() -> bool:

@@ -7,11 +7,11 @@ nothing stale is ever loaded, and ranks that compile at the same time only do th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-import os
-import tempfile
-from collections.abc import Callable, Sequence
+import secrets
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -128,19 +128,21 @@ def compile_kernel(spec: KernelSpec, arch: str) -> Compiled:
 
     Raises:
         CompileError: NVRTC refused it.
-        BackendUnavailable: NVRTC is missing, or cannot compile for `arch`.
-        InvalidArgument: no such file or transport.
+        BackendUnavailable: NVRTC is missing, cannot compile for `arch`, or the cache cannot be read or written.
+        InvalidArgument: no such file or transport, or `DEEPEP_CACHE_DIR` names no folder.
     """
     path = cache_path(spec, arch)
-    if path.is_file():
-        return Compiled(spec.source, arch, path, path.stat().st_size, was_cached=True)
+    with _cache_access("look into"):
+        if path.is_file():
+            return Compiled(spec.source, arch, path, path.stat().st_size, was_cached=True)
     if arch not in supported_archs():
         known = ", ".join(supported_archs())
         raise BackendUnavailable(
             f"NVRTC {nvrtc_version()} cannot compile for {arch} (it knows {known}); install another"
         )
     cubin, warnings = _compile(spec, arch)
-    _write_atomically(path, cubin)
+    with _cache_access("write to"):
+        _write_atomically(path, cubin)
     return Compiled(spec.source, arch, path, len(cubin), was_cached=False, warnings=warnings)
 
 
@@ -166,14 +168,29 @@ def _compile(spec: KernelSpec, arch: str) -> tuple[bytes, str]:
 def _write_atomically(path: Path, content: bytes) -> None:
     """Readers see the whole file or none, however many processes write it at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-")
+    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        # Made by `open`, not by `tempfile`, whose files only their owner may read: a cache filled by root in an image
+        # serves the users of its containers.
+        with temporary.open("xb") as file:
             file.write(content)
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def _cache_access(attempt: str) -> Iterator[None]:
+    """Give what the file system refuses a name and a remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise BackendUnavailable(
+            f"cannot {attempt} the kernel cache {env.cache_dir()} ({error}); "
+            "set DEEPEP_CACHE_DIR to a folder that this user can read and write"
+        ) from error
 
 
 def compile_all(
@@ -227,7 +244,9 @@ class Kernel:
 
 @functools.cache
 def _load_module(spec: KernelSpec, device: int, is_debug: bool) -> Any:  # noqa: ARG001 - options follow from it
-    cubin = compile_kernel(spec, driver.arch_of(device)).path.read_bytes()
+    compiled = compile_kernel(spec, driver.arch_of(device))
+    with _cache_access("read from"):
+        cubin = compiled.path.read_bytes()
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # makes the context current
         return driver.call("cuModuleLoadData", cubin)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 import threading
 import time
 from pathlib import Path
@@ -77,6 +78,41 @@ def test_the_cache_knows_architectures_and_defines(cache: Path) -> None:
     }
     assert len(paths) == 3
     assert {path.parent for path in paths} == {cache}
+
+
+def test_other_users_may_read_the_cache(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        jit._write_atomically(tmp_path / "new" / "one.cubin", b"x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new" / "one.cubin").stat().st_mode & 0o777 == 0o644
+
+
+@needs_nvrtc
+def test_a_cache_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "cache"
+    monkeypatch.setenv("DEEPEP_CACHE_DIR", str(folder))
+    monkeypatch.setattr(jit, "_compile", lambda _spec, _arch: (b"binary", ""))
+    with pytest.raises(BackendUnavailable, match=f"cannot write to the kernel cache {folder} .*; set DEEPEP_CACHE_DIR"):
+        jit.compile_kernel(NARROW.clean, "sm_90")
+    assert compile_cli.main(["--arch", "sm_90"]) == 1
+    assert "set DEEPEP_CACHE_DIR" in capsys.readouterr().err
+
+
+@needs_nvrtc
+@pytest.mark.usefixtures("cache")
+def test_a_cache_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_path: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    monkeypatch.setattr(jit, "cache_path", lambda _spec, _arch: env.cache_dir() / "one.cubin")
+    with pytest.raises(BackendUnavailable, match="cannot look into the kernel cache"):
+        jit.compile_kernel(NARROW.clean, "sm_90")
 
 
 @needs_nvrtc

@@ -42,3 +42,15 @@ def test_nonsense_is_named(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
         env.timeout()
     with pytest.raises(InvalidArgument, match="DEEPEP_NUM_HOSTS"):
         env.num_hosts()
+
+
+def test_a_cache_in_the_home_of_nobody_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPEP_CACHE_DIR", "~no_such_user/x")
+    with pytest.raises(InvalidArgument, match=r"^~no_such_user/x: .* set DEEPEP_CACHE_DIR"):
+        env.cache_dir()
+    monkeypatch.setenv("DEEPEP_CACHE_DIR", "~/x")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert env.cache_dir() == Path("/home/somebody/x")
+    monkeypatch.delenv("DEEPEP_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert env.cache_dir() == Path("/home/somebody/.cache/deepep")
