@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,6 +47,23 @@ class Raising(ReferenceBackend):
     @classmethod
     def probe(cls) -> Availability:
         raise OSError("driver fell over")
+
+
+class Leaving(ReferenceBackend):
+    """A backend whose probe ends the program."""
+
+    name = "leaving"
+
+    @classmethod
+    def probe(cls) -> Availability:
+        raise SystemExit(3)
+
+
+class Mute(ReferenceBackend):
+    """A backend that returns nothing where something is due."""
+
+    name = "mute"
+    capabilities = classmethod(lambda _cls: None)  # type: ignore[assignment]
 
 
 @pytest.fixture
@@ -159,6 +177,32 @@ def test_broken_plugins_become_lines_of_the_table(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(BackendUnavailable, match="'absent' cannot be imported: No module named"):
         registry.load("absent")
     assert registry.backends_with("update_mask") == ["nvshmem", "ipc", "reference", "raising"]
+
+
+@pytest.mark.usefixtures("built_in")
+def test_no_plugin_ends_the_program_or_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "leaves_at_import.py").write_text("import sys; sys.exit(4)")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    plugins = {"early": "leaves_at_import:Backend", "late": f"{__name__}:Leaving", "mute": f"{__name__}:Mute"}
+    add_plugins(monkeypatch, **plugins)
+    assert registry.explain(ONE_HOST).splitlines()[-3:] == [
+        "  early: not available: it raised SystemExit(4)",
+        "  late: not available: its probe failed with SystemExit: 3",
+        "  mute: not available: its probe failed with TypeError: capabilities() returned None, expected Capabilities",
+    ]
+    for name in plugins:
+        with pytest.raises(BackendUnavailable, match=f"{name}: not available"):
+            choose(name)
+
+
+def test_a_name_given_twice_is_listed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [
+        importlib.metadata.EntryPoint("mine", f"{__name__}:{target}", registry.ENTRY_POINT_GROUP)
+        for target in ("OnGpus", "Raising")
+    ]
+    monkeypatch.setattr(registry, "_plugins", lambda: points)
+    assert registry.names()[-2:] == ["reference", "mine"]
+    assert registry.load("mine") is OnGpus
 
 
 def test_the_table_asks_every_real_backend() -> None:
