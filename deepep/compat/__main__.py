@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import runpy
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import deepep
 from deepep.compat import ALIAS_PATH, install
@@ -22,9 +24,12 @@ def main() -> None:
     if not args or args[0] in ("-h", "--help") or args == ["-m"]:
         print(USAGE, file=sys.stdout if args and args[0] != "-m" else sys.stderr)
         raise SystemExit(0 if args and args[0] != "-m" else 2)
+    if args[0] != "-m":
+        _check_script(args[0])
     _hand_down()
     if args[0] == "-m":
         install()
+        _check_module(args[1])
         sys.argv[:] = args[1:]
         runpy.run_module(args[1], run_name="__main__", alter_sys=True)
     else:
@@ -32,6 +37,31 @@ def main() -> None:
         install()
         sys.argv[:] = args
         runpy.run_path(args[0], run_name="__main__")
+
+
+def _check_script(script: str) -> None:
+    path = Path(script)
+    if not path.exists() or (path.is_dir() and not (path / "__main__.py").is_file()):
+        what = "unknown option" if script.startswith("-") else "no such program:"
+        _refuse(f"{what} {script}")
+
+
+def _check_module(module: str) -> None:
+    parts = module.split(".")
+    above = [".".join(parts[:length]) for length in range(1, len(parts))]
+    try:
+        is_there = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError as error:
+        if error.name not in [*above, module]:
+            raise  # something that a package above it imports
+        is_there = False
+    if not is_there:
+        _refuse(f"no module named {module}")
+
+
+def _refuse(text: str) -> NoReturn:
+    print(f"python -m deepep.compat: {text}; --help shows the usage", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def _hand_down() -> None:

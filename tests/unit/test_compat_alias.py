@@ -189,3 +189,16 @@ def test_exit_status_and_usage(tmp_path: Path) -> None:
     assert (nothing.returncode, nothing.stdout) == (2, "")
     assert "usage" in nothing.stderr
     assert "usage" in run_compat("--help").stdout
+
+
+def test_a_program_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    for args, text in (
+        (["nofile.py"], "no such program: nofile.py"),
+        (["."], "no such program: ."),
+        (["--version"], "unknown option --version"),
+        (["-m", "no_such_module"], "no module named no_such_module"),
+        (["-m", "no_such_package.module"], "no module named no_such_package.module"),
+    ):
+        result = run_compat(*args, cwd=tmp_path)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr == f"python -m deepep.compat: {text}; --help shows the usage\n"
