@@ -27,6 +27,10 @@ def _run(chosen: argparse.Namespace) -> int:
     from deepep.bench.run import run_rank
 
     plan = _plan(chosen)
+    cli.check_output("--json", chosen.json)
+    cli.check_picture("--plot", chosen.plot)
+    if ranks.launcher() is None:
+        plan.check_ranks(chosen.num_ranks or ranks.DEFAULT_NUM_RANKS)  # said before processes start
     reports = ranks.run_on_ranks(run_rank, plan, num_ranks=chosen.num_ranks, device=plan.device, timeout=chosen.timeout)
     if reports is None:
         return 0
@@ -93,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         "--num-sms", type=int, nargs="+", metavar="N", help="multiprocessors to try (default automatic)"
     )
     parser.add_argument(
-        "--timeout", type=float, default=900.0, metavar="SECONDS", help="for everything (default %(default)g)"
+        "--timeout", type=cli.seconds, default=900.0, metavar="SECONDS", help="for everything (default %(default)g)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="to write all results to")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="to draw to")

@@ -60,6 +60,11 @@ class Plan:
         if self.hidden * DTYPES[self.dtype].itemsize % 16:
             raise InvalidArgument(f"hidden is {self.hidden}; a row must be a multiple of 16 bytes")
 
+    def check_ranks(self, num_ranks: int) -> None:
+        """Raise `InvalidArgument` where the experts cannot be spread evenly over so many ranks."""
+        if self.num_experts % num_ranks:
+            raise InvalidArgument(f"num_experts is {self.num_experts}; it must be a multiple of {num_ranks} ranks")
+
     @property
     def has_cold_l2(self) -> bool:
         """Whether the L2 is emptied before each timed call."""

@@ -79,7 +79,13 @@ class RankReport:
 
 
 def run_rank(group: Group, plan: Plan) -> RankReport:
-    """Measure as one rank of `group`; collective. Shows a progress bar on rank 0."""
+    """Measure as one rank of `group`; collective. Shows a progress bar on rank 0.
+
+    Raises:
+        InvalidArgument: the experts cannot be spread evenly over the ranks.
+        WrongResult: a result that was timed is wrong.
+    """
+    plan.check_ranks(group.num_ranks)
     report = RankReport()
     num_steps = len(plan.layouts) * len(plan.routings) * len(plan.num_sms)
     with progress_bar(num_steps, "bench", "setting", is_shown=group.rank == 0) as bar:

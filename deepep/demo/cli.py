@@ -36,6 +36,8 @@ def _run(chosen: argparse.Namespace) -> int:
         num_topk=chosen.num_topk,
         is_digested=chosen.digest,
     )
+    if not chosen.no_plot:
+        cli.check_picture("--plot", chosen.plot)
     if ranks.launcher() is None:
         options.experts_of(0, chosen.num_ranks or ranks.DEFAULT_NUM_RANKS)  # said before processes start
     started = time.monotonic()

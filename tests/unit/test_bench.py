@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from deepep import InvalidArgument
+from deepep import InvalidArgument, ranks
 from deepep.bench import checks, cli, report
 from deepep.bench.checks import Scene, WrongResult
 from deepep.bench.inputs import make_choice
@@ -128,13 +128,39 @@ def test_bad_plans_are_named(changes: dict[str, object], text: str) -> None:
         (["--low-latency", "--dtype", "fp32"], "--dtype does not go with --low-latency"),
         (["--low-latency", "--layout", "compact"], "--layout does not go with --low-latency"),
         (["--low-latency", "--num-sms", "8"], "--num-sms does not go with --low-latency"),
+        (["--num-experts", "9", "--num-ranks", "2"], "num_experts is 9; it must be a multiple of 2 ranks"),
+        (["--num-experts", "3", "--num-topk", "2"], "num_experts is 3; it must be a multiple of 4 ranks"),
+        (["--json", "/nonexistent/x"], "--json /nonexistent/x: there is no folder /nonexistent"),
+        (["--json", "/"], "--json /: this is a folder"),
+        (["--plot", "/nonexistent/x.png"], "--plot /nonexistent/x.png: there is no folder /nonexistent"),
+        (["--plot", "x.foo"], "--plot x.foo: the name must end in one of "),
     ],
 )
 def test_options_are_refused_rather_than_ignored(
     args: list[str], text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(args) == 2
+    with mock.patch.object(ranks, "run_on_ranks", side_effect=AssertionError("started")):
+        assert cli.main(args) == 2
     assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("args", [["--timeout", "nan"], ["--timeout", "0"], ["--timeout", "inf"], ["--seed", "1e9"],
+                                  ["--seed", str(10**20)], ["--seed", "-1"]])  # fmt: skip
+def test_numbers_out_of_range_are_refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(args)
+    assert caught.value.code == 2
+    assert f"argument {args[0]}: " in capsys.readouterr().err
+
+
+def test_ranks_that_do_not_answer_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--num-ranks", "1", "--num-tokens", "8", "--timeout", "0.001"]) == 2
+    printed = capsys.readouterr().err
+    assert printed == "WorkerError: rank(s) 0 did not answer (limit 0.001 s)\n"
+
+
+def test_the_largest_seed_is_good_for_every_rank() -> None:
+    make_choice(plan_of(seed=2**32 - 1), "balanced", 7, 8)
 
 
 def test_an_unknown_backend_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
-from deepep import InvalidArgument, ranks
+from deepep import InvalidArgument, cli, ranks
 from deepep.__main__ import main
 from deepep.group import Group
 
@@ -62,3 +65,28 @@ def test_local_ranks_are_spawned() -> None:
 def test_cuda_without_a_gpu_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="sees no GPU"):
         ranks.run_on_ranks(who, "rank", num_ranks=2, device="cuda")
+
+
+def test_only_the_rank_that_reports_needs_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "launcher", lambda: "torchrun")
+    monkeypatch.setenv("RANK", "1")
+    cli.check_output("--json", Path("/nonexistent/x"))
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(InvalidArgument, match="no folder /nonexistent"):
+        cli.check_output("--json", Path("/nonexistent/x"))
+
+
+def test_a_file_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cli.check_output("--json", None)
+    cli.check_output("--json", tmp_path / "x")
+    monkeypatch.setattr(os, "access", lambda _path, _mode: False)
+    with pytest.raises(InvalidArgument, match="may not write"):
+        cli.check_output("--json", tmp_path / "x")
+
+
+def test_what_the_system_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> int:
+        raise OSError(28, "No space left on device")
+
+    assert cli.exit_status(work, {}) == 2
+    assert capsys.readouterr().err == "OSError: [Errno 28] No space left on device\n"

@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
-from deepep import InvalidArgument
+from deepep import InvalidArgument, ranks
 from deepep.demo import cli, report
 from deepep.demo.options import Options
 from deepep.demo.train import Outcome, run_alone, run_rank
@@ -86,6 +87,19 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 )
 def test_bad_options_are_named(args: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*args, "--no-plot"]) == 2
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("picture", "text"),
+    [
+        ("/nonexistent/a.png", "--plot /nonexistent/a.png: there is no folder /nonexistent"),
+        ("a.foo", "--plot a.foo: the name must end in one of "),
+    ],
+)
+def test_the_picture_is_looked_at_first(picture: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with mock.patch.object(ranks, "run_on_ranks", side_effect=AssertionError("started")):
+        assert cli.main(["--plot", picture]) == 2
     assert text in capsys.readouterr().err
 
 
