@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import multiprocessing.connection
 import os
 import pickle
+import queue
+import socket
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -64,6 +67,7 @@ class Workers:
         self._timeout = timeout
         self._processes: list[SpawnProcess] = []
         self._connections: list[Connection] = []
+        self._exchanges: list[threading.Thread] = []
         self._store: TCPStore | None = None
 
     def __enter__(self) -> Workers:
@@ -101,78 +105,95 @@ class Workers:
             What every rank returned, in rank order.
 
         Raises:
-            WorkerError: a rank died or did not answer in time; all were killed then.
+            WorkerError: a rank died or did not answer in time; all were killed then, as they are when this call is
+                interrupted (Ctrl-C, a signal handler that raises): no later call can meet an answer to this one.
             Exception: what a rank raised, with a `WorkerError` holding rank and traceback as its cause. The ranks stay
                 usable unless one of them still does not answer some seconds later.
         """
         if not self._processes:
             self._start()
-        job = pickle.dumps((fn, args))
-        for connection in self._connections:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                connection.send_bytes(job)
-        replies = self._collect(timeout, allow_dead or return_exceptions, allow_dead)
+        replies = self._ask(pickle.dumps((fn, args)), timeout, allow_dead or return_exceptions, allow_dead)
         return [_unwrap(reply, return_exceptions) for reply in _failures_first(replies, return_exceptions)]
 
     def close(self) -> None:
         """Ends the processes: politely at first, then by SIGKILL. May be called twice."""
-        for connection in self._connections:
-            with contextlib.suppress(OSError):
-                connection.send_bytes(LEAVE)
-        limit = time.monotonic() + 3.0
-        for process in self._processes:
-            # A stopped process will never leave by itself, and one that failed to answer has been killed before.
-            process.join(max(0.0, limit - time.monotonic()))
-        self._kill()
+        try:
+            for connection in self._connections:
+                with contextlib.suppress(OSError):
+                    connection.send_bytes(LEAVE)
+            limit = time.monotonic() + 3.0
+            for process in self._processes:
+                # A stopped process will never leave by itself, and one that failed to answer has been killed before.
+                process.join(max(0.0, limit - time.monotonic()))
+        finally:
+            self._kill()
 
     def _start(self) -> None:
         # The store listens here, on a port the kernel chose while binding: no race, and no rank's death takes it along.
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("spawn")
-        for rank in range(self.num_ranks):
-            ours, theirs = context.Pipe()
-            place = (rank, self.num_ranks, self._store.port)
-            process = context.Process(
-                target=work, args=(theirs, place, self._setup), daemon=True, name=f"deepep-rank-{rank}"
-            )
-            with _single_threaded():
-                process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._connections.append(ours)
-        for reply in self._collect(self._timeout, patient=False, allow_dead=False):
-            _unwrap(reply, return_exceptions=False)
+        try:
+            for rank in range(self.num_ranks):
+                self._start_rank((rank, self.num_ranks, self._store.port))
+            for reply in self._ask(None, self._timeout, patient=False, allow_dead=False):
+                _unwrap(reply, return_exceptions=False)
+        except BaseException:
+            self._kill()  # ranks that are not in a group are of no use, and `__exit__` will not be called
+            raise
 
-    def _collect(self, timeout: float, patient: bool, allow_dead: bool) -> list[_Reply]:
-        """Waits for one reply per rank; `patient` gives all ranks the whole time although one has failed."""
+    def _start_rank(self, place: tuple[int, int, int]) -> None:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        self._connections.append(ours)
+        with theirs, _single_threaded():
+            process = context.Process(
+                target=work, args=(theirs, place, self._setup), daemon=True, name=f"deepep-rank-{place[0]}"
+            )
+            self._processes.append(process)
+            process.start()
+
+    def _ask(self, job: bytes | None, timeout: float, patient: bool, allow_dead: bool) -> list[_Reply]:
+        """Sends `job` (None: nothing) and waits for one reply per rank; whatever it raises, all ranks are gone then.
+
+        `patient` gives all ranks the whole time although one has failed.
+        """
         deadline = time.monotonic() + timeout
+        arrived: queue.SimpleQueue[tuple[int, bytes | None]] = queue.SimpleQueue()
         replies: dict[int, _Reply] = {}
-        while len(replies) < self.num_ranks:
-            waiting = {self._connections[rank]: rank for rank in range(self.num_ranks) if rank not in replies}
-            ready = multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
-            for item in ready:
-                rank = waiting[item]  # type: ignore[index]
-                reply = replies[rank] = self._receive(rank)
+        try:
+            self._exchanges = [
+                threading.Thread(target=_exchange, args=(connection, job, rank, arrived), daemon=True)
+                for rank, connection in enumerate(self._connections)
+            ]
+            for exchange in self._exchanges:
+                exchange.start()
+            while len(replies) < self.num_ranks:
+                try:
+                    rank, data = arrived.get(timeout=max(0.0, deadline - time.monotonic()))
+                except queue.Empty:
+                    break
+                reply = replies[rank] = self._read(rank, data)
                 if reply.failed and not patient:
                     deadline = min(deadline, time.monotonic() + _GRACE)
-            if not ready:
-                break
-        self._check(replies, timeout, allow_dead)
+            self._check(replies, timeout, allow_dead)
+        except BaseException:
+            self._kill()
+            raise
         return [replies[rank] for rank in range(self.num_ranks)]
 
-    def _receive(self, rank: int) -> _Reply:
-        try:
-            return _Reply(rank, *pickle.loads(self._connections[rank].recv_bytes()))
-        except (EOFError, OSError):
+    def _read(self, rank: int, data: bytes | None) -> _Reply:
+        if data is None:
             self._processes[rank].join(5.0)
             return _Reply(rank, "dead", DeadWorker(rank, self._processes[rank].exitcode))
+        try:
+            return _Reply(rank, *pickle.loads(data))
+        except Exception as error:  # noqa: BLE001  the other ranks' replies are still to be collected
+            return _Reply(rank, "error", error, f"unpickling its answer failed here:\n{traceback.format_exc()}")
 
     def _check(self, replies: dict[int, _Reply], timeout: float, allow_dead: bool) -> None:
         silent = [rank for rank in range(self.num_ranks) if rank not in replies]
         dead = [] if allow_dead else [reply.value for reply in replies.values() if reply.status == "dead"]
         if not silent and not dead:
             return
-        self._kill()
         notes = [f"rank {item.rank} died (exit code {item.exitcode})" for item in dead]
         if silent:
             notes.append(f"rank(s) {', '.join(map(str, silent))} did not answer (limit {timeout:g} s)")
@@ -180,14 +201,22 @@ class Workers:
         raise WorkerError("; ".join(notes))
 
     def _kill(self) -> None:
-        for process in self._processes:
+        processes = [process for process in self._processes if process.pid is not None]
+        connections, exchanges = self._connections, self._exchanges
+        self._processes, self._connections, self._exchanges = [], [], []  # at once: a second Ctrl-C may cut this short
+        for process in processes:
             process.kill()
-        for process in self._processes:
+        for process in processes:
             process.join()
             process.close()
-        for connection in self._connections:
+        for connection in connections:
+            _shut_down(connection)
+        for exchange in exchanges:
+            if exchange.is_alive():
+                exchange.join()
+        for connection in connections:
             connection.close()
-        self._processes, self._connections, self._store = [], [], None
+        self._store = None
 
 
 def spawn(
@@ -218,6 +247,22 @@ class _Reply:
     @property
     def failed(self) -> bool:
         return self.status != "ok"
+
+
+def _exchange(connection: Connection, job: bytes | None, rank: int, arrived: queue.SimpleQueue[Any]) -> None:
+    """Runs in a thread: a rank that is stopped or stuck blocks a full pipe, and half a reply, beyond any deadline."""
+    try:
+        if job is not None:
+            connection.send_bytes(job)
+        arrived.put((rank, connection.recv_bytes()))
+    except (EOFError, OSError):
+        arrived.put((rank, None))
+
+
+def _shut_down(connection: Connection) -> None:
+    # Wakes the thread that sends or receives, even where a child of the rank still holds the other end open.
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as pipe:
+        pipe.shutdown(socket.SHUT_RDWR)
 
 
 def _failures_first(replies: list[_Reply], return_exceptions: bool) -> list[_Reply]:

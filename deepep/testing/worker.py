@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from deepep.errors import InvalidArgument
+
 LEAVE = b"leave"
 """What the parent sends instead of a job at the end."""
 
@@ -75,6 +77,11 @@ def _join(place: tuple[int, int, int], setup: tuple[str, str, float]) -> None:
         # Without this gloo asks a resolver for this host's name, which containers often cannot answer.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if device == "cuda":
+        if not torch.cuda.device_count():
+            raise InvalidArgument(
+                f'Workers: device="cuda", but rank {rank} finds no CUDA device; use device="cpu", '
+                "or look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+            )
         torch.cuda.set_device(rank % torch.cuda.device_count())
     limit = timedelta(seconds=timeout)
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=limit)
