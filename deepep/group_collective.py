@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import uuid
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -90,12 +91,25 @@ class CollectiveGroup(Group):
             raise CommTimeout(op, sorted(missing), limit.timeout)
 
     def _roll_call(self, prefix: str, missing: set[int], seconds: float) -> None:
-        limit = Limit(seconds)
+        limit, mine = Limit(seconds), uuid.uuid4().hex
         with contextlib.suppress(RuntimeError):
             store = dist.distributed_c10d._get_default_store()
-            store.set(f"{prefix}/{self.rank}", "here")
+            store.set(f"{prefix}/{self.rank}", mine)
             while missing:
-                missing -= {rank for rank in missing if store.check([f"{prefix}/{rank}"])}
+                missing -= {rank for rank in missing if self._answers(store, prefix, rank, mine)}
                 if missing and limit.left == 0:
                     return
                 time.sleep(0.01 if missing else 0.0)
+
+    def _answers(self, store: dist.Store, prefix: str, peer: int, mine: str) -> bool:
+        """Answer a peer's call, and say whether it has answered `mine`.
+
+        The mere presence of its key would say nothing: a store may hold those of an earlier life of the process group.
+        """
+        call, answer = f"{prefix}/{peer}", f"{prefix}/{peer}/{self.rank}"
+        if not store.check([call]):
+            return False
+        is_here = store.check([answer]) and store.get(answer) == mine.encode()
+        # A peer calls before it answers: once it has, what it calls is of now, and this the answer that it waits for.
+        store.set(f"{prefix}/{self.rank}/{peer}", store.get(call).decode())
+        return is_here
