@@ -204,8 +204,9 @@ def miss_first_call(_: Any) -> Any:
         return ()
     # What an earlier process group of the same name left in the store is nobody's presence.
     store = dist.distributed_c10d._get_default_store()
-    for key in ("0", f"0/{ours.rank}"):
-        store.set(f"{ours._prefix}/first/{key}", "of an earlier life")
+    for call in ("first", "late/1"):
+        for key in ("0", f"0/{ours.rank}"):
+            store.set(f"{ours._prefix}/{call}/{key}", "of an earlier life")
     with pytest.raises(CommTimeout) as caught:
         ours.barrier(op="test", timeout=0.5)
     return caught.value.missing_ranks
