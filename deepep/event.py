@@ -7,6 +7,8 @@ from types import TracebackType
 
 import torch
 
+from deepep.errors import InvalidArgument
+
 
 class EventHandle:
     """A point on the stream that was current when this was made."""
@@ -79,4 +81,7 @@ Event = EventOverlap | EventHandle
 
 def as_handle(event: Event | None) -> EventHandle | None:
     """Take either kind of event, or none, wherever an event is asked for (CONTRACT, 'Events and streams')."""
-    return event.event if isinstance(event, EventOverlap) else event
+    handle = event.event if isinstance(event, EventOverlap) else event
+    if handle is not None and not isinstance(handle, EventHandle):
+        raise InvalidArgument(f"an event is a {type(handle).__name__}; pass an EventOverlap or an EventHandle")
+    return handle

@@ -17,6 +17,7 @@ from deepep.cuda import kernels
 from deepep.cuda.arguments import DispatchArgs
 from deepep.cuda.dispatch_plan import Plan, plan_of
 from deepep.cuda.engine import Engine
+from deepep.errors import InvalidArgument
 
 
 class _Outputs(NamedTuple):
@@ -55,6 +56,11 @@ class _Dispatch:
     def __init__(self, engine: Engine, request: DispatchRequest) -> None:
         self.engine, self.request = engine, request
         self.plan: Plan = plan_of(engine, request)
+        if self.plan.is_exact and torch.cuda.is_current_stream_capturing():
+            raise InvalidArgument(
+                "dispatch: exact shapes wait for counts on the CPU, which a capture cannot; pass num_worst_tokens, or "
+                "do_cpu_sync=False, or a handle"
+            )
         self.args = DispatchArgs.from_buffer_copy(self.plan.args)
         self.device = request.x.device
         self.keep: list[torch.Tensor] = []
@@ -103,7 +109,7 @@ class _Dispatch:
         try:
             recv_x, recv_sf = self._receive(num_rows, is_cleared=False)
             metadata, weights = self._receive_metadata(num_compact, num_rows)
-        except BaseException:  # out of memory: the others need not wait for this rank
+        except BaseException:  # out of memory: this rank is through, and the others need not wait for it to say so
             self.engine.barrier_launch(is_close=True)
             raise
         finally:

@@ -21,7 +21,7 @@ from deepep.cuda.host_words import HostWords
 from deepep.cuda.launch import current_stream, runtime
 from deepep.cuda.status import Status, op_word
 from deepep.cuda.window import MAX_LOCAL_EXPERTS, WindowMap, map_window
-from deepep.errors import InvalidArgument, UnsupportedOperation
+from deepep.errors import DeepEPError, InvalidArgument, UnsupportedOperation
 from deepep.layout import align
 
 _SMEM_ATTRIBUTE = "CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"
@@ -106,9 +106,14 @@ class Engine:
             self.plans.clear()
         self.plans[key] = plan
 
+    def begin(self) -> None:
+        """Let what is launched next on the current stream wait for calls on other streams."""
+        driver.ensure_context(self.device)
+        self.order.enter(self.stream())
+
     def prepare(self, window: Window, num_experts: int) -> None:
         """Begin: wait for calls on other streams, and fill in scratch memory and the ticket that marks host words."""
-        self.order.enter(self.stream())
+        self.begin()
         self._ticket = self._ticket % 0xFFFFFFFF + 1
         window.ticket = self._ticket
         scratch = self._scratch.get(num_experts)
@@ -136,7 +141,9 @@ class Engine:
             kernel = jit.load(spec, self.device)
             kernel.set_max_smem(self.smem_bytes)
             handle = self._handles[spec.name] = kernel.handle
-        self._launch(handle, num_sms, num_threads, smem, current_stream(self.device), ctypes.addressof(args))
+        stream = current_stream(self.device)
+        self._launch(handle, num_sms, num_threads, smem, stream, ctypes.addressof(args))
+        self.order.leave(stream)
 
     def wait_counts(self) -> int:
         """Wait, without the GIL, until notify has written this call's counts; raise what went wrong instead.
@@ -174,6 +181,7 @@ class Engine:
 
     def barrier_launch(self, *, is_refusal: bool = False, is_close: bool = False) -> None:
         """Meet all ranks, refuse the running operation towards them, or end a failed one."""
+        self.begin()
         args = BarrierArgs(window=self.window, is_refusal=is_refusal, is_close=is_close)
         args.header[0] = op_word("barrier")
         self.launch(kernels.BARRIER, 1, kernels.BARRIER_THREADS, 0, args)
@@ -212,7 +220,8 @@ class Engine:
         self._scratch.clear()
         self.order.close()
         if "copies" in self.__dict__:
-            self.copies.close()
+            with contextlib.suppress(DeepEPError):
+                self.copies.close()
 
 
 def place_in_window(engine: Engine, x: torch.Tensor) -> int:

@@ -21,7 +21,7 @@ import torch
 
 from deepep import env
 from deepep.cuda import driver, sources
-from deepep.errors import BackendUnavailable, DeepEPError
+from deepep.errors import BackendUnavailable, DeepEPError, InvalidArgument
 
 DEFAULT_TRANSPORT = "p2p"
 _MAX_SMEM_ATTRIBUTE = "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"
@@ -244,6 +244,10 @@ class Kernel:
 
 @functools.cache
 def _load_module(spec: KernelSpec, device: int, is_debug: bool) -> Any:  # noqa: ARG001 - options follow from it
+    if torch.cuda.is_current_stream_capturing():
+        raise InvalidArgument(
+            "the first call of a kind loads its kernels and cannot be captured; make one such call before the capture"
+        )
     compiled = compile_kernel(spec, driver.arch_of(device))
     with _cache_access("read from"):
         cubin = compiled.path.read_bytes()

@@ -232,6 +232,7 @@ class LowLatencyEngine:
         self._order.enter(stream)
         address = ctypes.addressof(args)
         self._runtime.launch(kernel, num_blocks, ll_structs.NUM_THREADS, smem, stream, address, pdl=self._starts_early)
+        self._order.leave(stream)
         return stream
 
     def _routing(self, request: DispatchRequest, private: LlRouting) -> Routing:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -44,6 +43,7 @@ class NormalWorld:
         timeout: float = 5e-3,
     ) -> None:
         fake_gpu(monkeypatch, num_sms)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         monkeypatch.setattr(jit, "load", lambda spec, _device: FakeKernel(emulator.handle(spec.name)))
         monkeypatch.setattr(driver, "ensure_context", lambda _device: None)
         monkeypatch.setattr(engine, "current_stream", lambda _device: 0)
@@ -70,8 +70,7 @@ class NormalWorld:
         window_map = map_window(num_ranks, options)
         window_map.struct.payload_bytes = room
         memory = _Memory(self._windows[rank], self._table.data_ptr())
-        order: Any = SimpleNamespace(enter=lambda _stream: None, close=lambda: None)
-        return Engine(memory, window_map, rank, num_ranks, 0, 1, timeout, order=order)
+        return Engine(memory, window_map, rank, num_ranks, 0, 1, timeout)
 
     def on_all(self, call: Callable[[Engine], Result]) -> list[Result]:
         """Make the same call on every rank; while one waits for its kernels, the others go on."""

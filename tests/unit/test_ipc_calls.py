@@ -36,28 +36,40 @@ class FakeDriver:
         return None
 
 
+def call_on(order: CallOrder, *streams: int) -> None:
+    for stream in streams:
+        order.enter(stream)
+        order.leave(stream)
+
+
 def test_calls_on_another_stream_wait_for_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
     fake, order = FakeDriver(monkeypatch), CallOrder()
-    for stream in (7, 7, 0, 0):
-        order.enter(stream)
-    assert fake.done == [("record", 7), ("wait", 0)]
-    order.enter(7)
-    assert fake.done[2:] == [("record", 0), ("wait", 7)]
+    call_on(order, 7, 7)
+    assert not fake.done
+    call_on(order, 0, 0)
+    # From now on each call is recorded behind itself, so that nothing else on its stream is waited for.
+    assert fake.done == [("record", 7), ("wait", 0), ("record", 0), ("record", 0)]
+    order.leave(5)  # of another kind, which is not kept in order
+    call_on(order, 7)
+    assert fake.done[4:] == [("wait", 7), ("record", 7)]
     order.close()
     order.close()
 
 
 def test_graphs_hold_their_own_work_only(monkeypatch: pytest.MonkeyPatch) -> None:
     fake, order = FakeDriver(monkeypatch), CallOrder()
-    order.enter(0)
+    call_on(order, 0)
     fake.captured = {5, 6}
-    order.enter(5)
+    call_on(order, 5)
     assert not fake.done
-    order.enter(6)  # forked from 5
+    call_on(order, 6)  # forked from 5
     assert fake.done == [("record", 5), ("wait", 6)]
+    fake.captured = {5}  # another one, while what was recorded is of the first
+    call_on(order, 5)
+    assert not fake.done[2:]
     fake.captured = set()
-    order.enter(0)
-    assert fake.done[2:] == [("record", 6), ("wait", 0)]
+    call_on(order, 0)
+    assert fake.done[2:] == [("record", 5), ("wait", 0), ("record", 0)]
 
 
 class Memory:

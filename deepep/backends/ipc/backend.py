@@ -106,7 +106,6 @@ class IpcBackend(Backend):
     def barrier(self) -> None:
         """Let the current stream go on once every rank has called this."""
         self._engine.status.begin("barrier")
-        self._engine.order.enter(self._engine.stream())
         self._engine.barrier_launch()
 
     def destroy(self) -> None:
@@ -123,7 +122,7 @@ class IpcBackend(Backend):
 
     def refuse(self, op: str, error: DeepEPError) -> None:
         """Take part in the peers' operation, only to say no."""
-        if not op.startswith("low_latency"):
+        if "low_latency" not in op:
             self._engine.barrier_launch(is_refusal=True)
 
     def local_buffer(self, use_rdma_buffer: bool) -> torch.Tensor:

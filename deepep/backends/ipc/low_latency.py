@@ -19,9 +19,10 @@ from deepep.backends.base import (
     Routing,
 )
 from deepep.backends.ipc.memory import SymmetricMemory
-from deepep.cuda import ll_structs
+from deepep.cuda import driver, ll_structs
 from deepep.cuda.call_order import CallOrder
 from deepep.cuda.host_words import HostWords
+from deepep.cuda.launch import current_stream
 from deepep.cuda.ll_engine import LowLatencyEngine, Settings
 from deepep.cuda.ll_state import LlRouting
 from deepep.cuda.ll_structs import Division, LlState, Shape, divide
@@ -214,11 +215,9 @@ class LowLatency:
                 "low_latency: the first call of a shape prepares the window and cannot be captured; make one such call "
                 "before the capture"
             )
-        division = divide(shape)
         self._agree(shape)
+        division = divide(shape)
         is_first = self._engine is None
-        if self._engine is not None:
-            self._engine.is_over = True
         if division.num_bytes > self._memory.num_bytes:
             torch.cuda.current_stream().synchronize()
             mask = self._mask().clone()
@@ -226,6 +225,8 @@ class LowLatency:
             self._memory.close()
             self._memory, is_first = grown, True
             self._mask().copy_(mask)
+        if self._engine is not None:
+            self._engine.is_over = True
         self._engine = engine = self._make_engine(shape, division)
         if not is_first:
             self._clean(engine)
@@ -263,6 +264,8 @@ class LowLatency:
 
     def _clean(self, engine: LowLatencyEngine) -> None:
         """Ranks meet, clear the window, and meet again; on the device where some may be masked."""
+        driver.ensure_context(self._device)
+        self._order.enter(current_stream(self._device))
         if self._options.enable_shrink:
             engine.meet()
             self._zero(engine)
