@@ -43,6 +43,7 @@ from deepep.validate import (
     check_weights,
     received,
     split_payload,
+    wrong_kind,
 )
 
 __all__ = ["EPHandle", "ElasticBuffer"]
@@ -121,8 +122,7 @@ class ElasticBuffer(SizesMixin, AbsentMixin, Front):
         except (InvalidArgument, UnsupportedOperation) as error:
             problem, num_bytes = error, 0
         except (AttributeError, TypeError, ValueError) as error:
-            wrong = f"ElasticBuffer: an argument is of a wrong kind: {type(error).__name__}: {error}"
-            problem, num_bytes = InvalidArgument(wrong), 0
+            problem, num_bytes = wrong_kind("ElasticBuffer", error), 0
         self.num_bytes, self.num_cpu_bytes = num_bytes, num_cpu_bytes
         self.num_max_tokens_per_rank, self.hidden, self.num_topk = num_max_tokens_per_rank, hidden, num_topk
         self.use_fp8_dispatch, self.deterministic = use_fp8_dispatch, deterministic

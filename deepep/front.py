@@ -25,7 +25,7 @@ from deepep.event import Event, EventOverlap
 from deepep.group import make_group
 from deepep.stream import CommStream
 from deepep.topology import Topology
-from deepep.validate import Bounds
+from deepep.validate import Bounds, raise_unless_equal, wrong_kind
 from deepep.version import __version__
 
 Result = TypeVar("Result")
@@ -253,7 +253,7 @@ class _Checking:
         if isinstance(error, InvalidArgument):
             _refuse(self._backend, self._op, error)
         elif isinstance(error, (AttributeError, TypeError, ValueError)):
-            refused = InvalidArgument(f"{self._op}: an argument is of a wrong kind: {type(error).__name__}: {error}")
+            refused = wrong_kind(self._op, error)
             _refuse(self._backend, self._op, refused)
             raise refused from error
 
@@ -271,13 +271,3 @@ def _checked_timeout(timeout: float | None, default: float) -> float:
     if not isinstance(limit, Real) or not 0 < limit < math.inf:
         raise InvalidArgument(f"timeout is {limit!r}; it must be a positive, finite number of seconds")
     return min(float(limit), _LONGEST)
-
-
-def raise_unless_equal(op: str, name: str, values: list[Any]) -> None:
-    """Raise `InvalidArgument`, the same on every rank, when ranks disagree; names the ranks and both values."""
-    for rank, value in enumerate(values):
-        if value != values[0]:
-            raise InvalidArgument(
-                f"{op}: ranks disagree about {name}: rank 0 has {values[0]!r} and rank {rank} has {value!r}; "
-                "it must be equal on all ranks"
-            )

@@ -22,6 +22,7 @@ from deepep.validate import (
     check_tensor,
     check_topk,
     check_written,
+    received,
     whole_number,
 )
 
@@ -138,8 +139,7 @@ class LowLatencyMixin(_Base):
             )  # fmt: skip
         result, event = self._dispatch(op, request, async_finish, None)
         handle = make_low_latency_handle(result, hidden, self._owner)
-        recv_x = result.x if result.sf is None else (result.x, result.sf)
-        return recv_x, result.num_recv_tokens_per_expert, handle, event, result.finish
+        return received(result, x), result.num_recv_tokens_per_expert, handle, event, result.finish
 
     def low_latency_combine(
         self,

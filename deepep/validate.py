@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -97,6 +97,21 @@ def whole_number(op: str, name: str, value: object, least: int) -> int:
     if number < least:
         raise InvalidArgument(f"{op}: {name} is {value!r}; it must be a whole number, at least {least}")
     return number
+
+
+def raise_unless_equal(op: str, name: str, values: list[Any]) -> None:
+    """Raise `InvalidArgument`, the same on every rank, when ranks disagree; names the ranks and both values."""
+    for rank, value in enumerate(values):
+        if value != values[0]:
+            raise InvalidArgument(
+                f"{op}: ranks disagree about {name}: rank 0 has {values[0]!r} and rank {rank} has {value!r}; "
+                "it must be equal on all ranks"
+            )
+
+
+def wrong_kind(op: str, error: Exception) -> InvalidArgument:
+    """Name what a check tripped over, because an argument is of a kind that nobody thought of."""
+    return InvalidArgument(f"{op}: an argument is of a wrong kind: {type(error).__name__}: {error}")
 
 
 def check_experts(op: str, num_experts: int, num_ranks: int) -> int:

@@ -8,6 +8,7 @@ from deepep.backends.base import CombineRequest, CombineResult
 from deepep.cuda.arguments import CombineArgs
 from deepep.cuda.combine_plan import plan_of
 from deepep.cuda.engine import Engine
+from deepep.cuda.launch import aligned
 from deepep.errors import UnsupportedOperation
 
 
@@ -20,7 +21,7 @@ def combine(engine: Engine, request: CombineRequest) -> CombineResult:
             "combine: backend 'ipc' scales rows, casts them and splits phases in low-latency mode only; "
             "use backend='reference'"
         )
-    x = _aligned(request.x)
+    x = aligned(request.x)
     plan = plan_of(engine, request, x)
     args = CombineArgs.from_buffer_copy(plan.args)
     num_tokens = routing.dst_rank.shape[0]
@@ -32,7 +33,7 @@ def combine(engine: Engine, request: CombineRequest) -> CombineResult:
         given = given.contiguous()
         weights = torch.empty((num_tokens, plan.num_topk), dtype=torch.float32, device=x.device)
         args.topk_weights, args.out_weights = given.data_ptr(), weights.data_ptr()
-    biases = [_aligned(bias) for bias in request.bias]
+    biases = [aligned(bias) for bias in request.bias]
     for name, bias in zip(("bias0", "bias1"), biases, strict=False):
         setattr(args, name, bias.data_ptr())
     _point_to_routing(args, request)
@@ -42,12 +43,6 @@ def combine(engine: Engine, request: CombineRequest) -> CombineResult:
     engine.prepare(args.window, routing.num_experts)
     engine.launch(plan.spec, plan.num_sms, plan.num_threads, plan.smem, args)
     return CombineResult(out, weights)
-
-
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """Make a tensor contiguous and its address a multiple of 16, by a copy if need be."""
-    tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 def _point_to_routing(args: CombineArgs, request: CombineRequest) -> None:

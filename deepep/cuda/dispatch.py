@@ -17,6 +17,7 @@ from deepep.cuda import kernels
 from deepep.cuda.arguments import DispatchArgs
 from deepep.cuda.dispatch_plan import Plan, plan_of
 from deepep.cuda.engine import Engine
+from deepep.cuda.launch import aligned
 from deepep.errors import InvalidArgument
 
 
@@ -261,6 +262,5 @@ def _as_kernels_take_it(request: DispatchRequest) -> DispatchRequest:
     if request.sf_format is not None and request.x.dtype != torch.bfloat16:
         x, sf = quant.fp8_cast(request.x, request.sf_format)
         return replace(request, x=x, sf=sf, sf_format=None)
-    if not request.x.is_contiguous() or request.x.data_ptr() % 16:
-        return replace(request, x=request.x.clone(memory_format=torch.contiguous_format))
-    return request
+    x = aligned(request.x)
+    return request if x is request.x else replace(request, x=x)

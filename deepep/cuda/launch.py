@@ -25,6 +25,13 @@ def current_stream(device: int) -> int:
     return int(_short_cut(device)) if _short_cut is not None else torch.cuda.current_stream(device).cuda_stream
 
 
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Give rows as kernels, which load 16 bytes at once, take them: contiguous and aligned; a copy where need be."""
+    if tensor.data_ptr() % 16 or not tensor.is_contiguous():
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor
+
+
 class Runtime(Protocol):
     """What both runtimes offer."""
 

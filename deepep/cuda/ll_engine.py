@@ -24,7 +24,7 @@ from deepep.backends.base import (
 )
 from deepep.cuda import driver, jit, ll_structs
 from deepep.cuda.call_order import CallOrder
-from deepep.cuda.launch import runtime
+from deepep.cuda.launch import aligned, runtime
 from deepep.cuda.ll_grid import Grids
 from deepep.cuda.ll_plan import DispatchPlan
 from deepep.cuda.ll_state import LlRouting, identity
@@ -129,7 +129,7 @@ class LowLatencyEngine:
 
     def dispatch(self, request: DispatchRequest) -> DispatchResult:
         """Serve a padded dispatch request."""
-        shape, x = self.shape, _aligned(request.x)
+        shape, x = self.shape, aligned(request.x)
         num_local, room = shape.num_local_experts, shape.num_ranks * shape.num_max_tokens
         plan = self._plan(x.shape[0], request.num_sms, request.sf_format, request.split_phases)
         parts = plan.parts
@@ -167,7 +167,7 @@ class LowLatencyEngine:
     def combine(self, request: CombineRequest, x: torch.Tensor) -> CombineResult:
         """Serve a combine request of padded rows `x` [L, R*M, H]."""
         routing: LlRouting = request.routing.private
-        is_per_copy, x = request.reduction is Reduction.PER_COPY, _aligned(x)
+        is_per_copy, x = request.reduction is Reduction.PER_COPY, aligned(x)
         self._check_combine(request, routing, is_per_copy)
         out = request.out
         if out is None:
@@ -281,11 +281,6 @@ class _SecondPhase:
             # Memory of what is let go of now must not be given away before this stream has read it.
             for tensor in tensors_in(self.kept):
                 tensor.record_stream(torch.cuda.current_stream(engine.device))
-
-
-def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """Kernels load 16 bytes at once: copy rows that begin elsewhere than at a multiple of that."""
-    return x.clone() if x.data_ptr() % 16 else x
 
 
 def _pointer(tensor: torch.Tensor | None) -> int:

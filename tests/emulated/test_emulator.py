@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from broken import compile_broken
 from emulator import COMPILER, EmulationError, Emulator
 from translate import translate
 from world import Step, World
@@ -41,15 +42,7 @@ _COUNTS = "await_counts(args, call, threadIdx.x + kLlThreads"
 def test_broken_kernels_are_noticed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str, instead: str, message: str | None
 ) -> None:
-    seen = []
-
-    def break_one(source: str) -> str:
-        seen.extend([line] * source.count(line))
-        return translate(source.replace(line, instead))
-
-    monkeypatch.setattr("emulator.translate", break_one)
-    emulator = Emulator(tmp_path)
-    assert seen
+    emulator = compile_broken(monkeypatch, line, instead, lambda: Emulator(tmp_path))
     world = World(monkeypatch, emulator, Shape(2, 4, 2, 9, 256), num_sms=24)
     with pytest.raises((EmulationError, AssertionError), match=message):
         _run_steps(world)

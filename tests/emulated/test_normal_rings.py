@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from emulator import COMPILER, NORMAL, EmulationError, Emulator
+from broken import compile_broken
+from emulator import COMPILER, NORMAL, Build, EmulationError, Emulator
 from normal_step import NormalStep
 from normal_wanted import Way
 from normal_world import NormalWorld
-from translate import translate
 
 from deepep.backends.base import Layout, Reduction
 from deepep.cuda.arguments import DispatchArgs
@@ -101,17 +101,8 @@ _TOKENS = "max_of(theirs[kHeaderTokens], 1u)"
 def test_broken_kernels_are_noticed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str, instead: str, has_bulk_copies: bool
 ) -> None:
-    seen = []
-
-    def break_one(source: str) -> str:
-        seen.extend([line] * source.count(line))
-        return translate(source.replace(line, instead))
-
-    monkeypatch.setattr("emulator.translate", break_one)
-    emulator = Emulator(
-        tmp_path, {spec: args for spec, args in NORMAL.items() if args is DispatchArgs}, has_bulk_copies
-    )
-    assert seen
+    build: Build = {spec: args for spec, args in NORMAL.items() if args is DispatchArgs}
+    emulator = compile_broken(monkeypatch, line, instead, lambda: Emulator(tmp_path, build, has_bulk_copies))
     case = _case((40, 20))
     world = NormalWorld(monkeypatch, emulator, case, room=_RING * 2 * case.hidden, timeout=1e-3)
     with pytest.raises((AssertionError, CommTimeout, EmulationError)):

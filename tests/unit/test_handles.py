@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -38,14 +39,15 @@ def use_after_rebuilding(group: Any) -> bool:
     return same and torch.equal(padded_again, padded_expected)
 
 
-@pytest.mark.parametrize("what", ["cached", "combine"])
-def test_ranks_must_pass_the_handle_of_the_same_dispatch(pair: Workers, what: str) -> None:
-    first, second = pair.run(mix_handles, what)
-    assert first == second
-    assert first[0] == "InvalidArgument"
-    assert_says(
-        first[1], "rank . has . rows for rank ., whose handle says .; all ranks must pass the handle of the same"
-    )
+HANDLES = "rank . has . rows for rank ., whose handle says .; all ranks must pass the handle of the same"
+
+
+def mix_cached(group: Any) -> Outcome:
+    return mix_handles(group, "cached")
+
+
+def mix_combined(group: Any) -> Outcome:
+    return mix_handles(group, "combine")
 
 
 def mix_handles(group: Any, what: str) -> Outcome:
@@ -62,12 +64,6 @@ def mix_handles(group: Any, what: str) -> Outcome:
     return outcome
 
 
-def test_ranks_must_agree_about_the_columns_of_weights(pair: Workers) -> None:
-    first, second = pair.run(mix_columns)
-    assert first == second
-    assert_says(first[1], "ranks disagree about num_topk: rank 0 has 2 and rank 1 has 3")
-
-
 def mix_columns(group: Any) -> Outcome:
     scene = _scene(group)
     recv_x, _, _, _, handle, _ = scene.dispatch(topk_idx=None, topk_weights=None)
@@ -76,15 +72,25 @@ def mix_columns(group: Any) -> Outcome:
     return outcome
 
 
-def test_ranks_must_agree_about_the_dtype_of_scale_factors(pair: Workers) -> None:
-    first, second = pair.run(mix_scale_factors)
-    assert first == second
-    assert_says(first[1], "ranks disagree about dtype of scale factors: rank 0 has torch.float32 and rank 1 has")
-
-
 def mix_scale_factors(group: Any) -> Outcome:
     dtype = (torch.float32, torch.int32)[group.rank()]
     return attempt(_scene(group).dispatch, x=(torch.ones(T, H), torch.ones(T, 1).to(dtype)))
+
+
+@pytest.mark.parametrize(
+    ("mix", "message"),
+    [
+        (mix_cached, HANDLES),
+        (mix_combined, HANDLES),
+        (mix_columns, "ranks disagree about num_topk: rank 0 has 2 and rank 1 has 3"),
+        (mix_scale_factors, "ranks disagree about dtype of scale factors: rank 0 has torch.float32 and rank 1 has"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_alike(pair: Workers, mix: Callable[[Any], Outcome], message: str) -> None:
+    first, second = pair.run(mix)
+    assert first == second
+    assert first[0] == "InvalidArgument"
+    assert_says(first[1], message)
 
 
 def test_scale_factors_come_as_they_went(pair: Workers) -> None:

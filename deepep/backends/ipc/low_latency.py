@@ -28,6 +28,7 @@ from deepep.cuda.ll_state import LlRouting
 from deepep.cuda.ll_structs import Division, LlState, Shape, divide
 from deepep.errors import BufferDestroyed, CommTimeout, InvalidArgument, UnsupportedOperation
 from deepep.group import Group
+from deepep.validate import raise_unless_equal
 
 _OPS = ("low_latency_dispatch", "low_latency_combine", "clean_low_latency_buffer")
 _MOST_SHAPES = 256
@@ -240,14 +241,8 @@ class LowLatency:
         if self._options.enable_shrink:
             return
         everyone = self._group.all_gather_object(shape, op="low_latency", timeout=self._options.timeout)
-        for rank, theirs in enumerate(everyone):
-            for field in fields(shape):
-                said, expected = getattr(theirs, field.name), getattr(everyone[0], field.name)
-                if said != expected:
-                    raise InvalidArgument(
-                        f"low_latency: ranks disagree about {field.name}: rank 0 has {expected} and rank {rank} has "
-                        f"{said}; it must be equal on all ranks"
-                    )
+        for field in fields(shape):
+            raise_unless_equal("low_latency", field.name, [getattr(theirs, field.name) for theirs in everyone])
 
     def _make_engine(self, shape: Shape, division: Division) -> LowLatencyEngine:
         options = self._options
