@@ -57,9 +57,10 @@ extern "C" __global__ void __launch_bounds__(deepep::kLlThreads)
     ll_clean_kernel(const __grid_constant__ deepep::LlCleanArgs args) {
     using namespace deepep;
     __shared__ LlShared shared;
-    await_previous_kernel();
     LlCall call(args.common, kLlClean, shared);
-    call.prepare(args.common.window.dispatch_credits, 0);
+    const LlCall::Places places = call.find_places(args.common.window.dispatch_credits, 0);
+    await_previous_kernel();
+    call.prepare(places);
     __syncthreads();
     if (args.resets) {
         uint32_t* counters = reinterpret_cast<uint32_t*>(call.state);

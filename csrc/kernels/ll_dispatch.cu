@@ -30,7 +30,7 @@ __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table, u
             held = load_unit<kFp8>(args, range.begin, range.first_unit);
         }
         clear(args, table);  // while the loads are on their way
-        call.prepare(credits, common.call_epoch);
+        call.prepare(call.find_places(credits, common.call_epoch));
         count_experts(args, scan, num_scanned, table);
         find_owners(common.shape, choices);
         call.begin(common.call_epoch);
@@ -44,7 +44,7 @@ __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table, u
             taker.load(args);
         });
     } else {
-        call.prepare(credits, common.call_epoch);
+        call.prepare(call.find_places(credits, common.call_epoch));
         call.begin(common.call_epoch);
     }
     if (is_receiving) receive<kFp8>(args, call, taker, counts, from, args.keeps_own && has_tokens);

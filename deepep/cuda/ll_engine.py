@@ -188,7 +188,7 @@ class LowLatencyEngine:
         common.team_threads, common.num_tokens = grid.team, routing.num_tokens
         kernel = self._combine_kernel.handle
         kept = (request, x, out, epoch)
-        finish = self._start(kernel, grid.num_blocks, grid.smem, args, request.split_phases, kept)
+        finish = self._start(kernel, grid.num_blocks, 0, args, request.split_phases, kept)
         return CombineResult(out, None, finish)
 
     def _check_combine(self, request: CombineRequest, routing: LlRouting, is_per_copy: bool) -> None:

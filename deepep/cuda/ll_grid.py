@@ -9,7 +9,8 @@ from deepep.cuda import driver, jit, ll_structs
 from deepep.cuda.ll_structs import Shape
 
 MIN_TEAM, MAX_TEAM = 128, ll_structs.NUM_THREADS
-LISTING_THREADS, VECS_PER_WORKER, ROWS_PER_WORKER = 32, 2, 4
+LISTING_THREADS, VECS_PER_WORKER = 32, 2
+_MANY_ROWS = 4  # of a token on a rank
 _MOST_GRIDS = 256
 
 
@@ -31,13 +32,12 @@ class DispatchGrid(NamedTuple):
 class CombineGrid(NamedTuple):
     """The same of a combine.
 
-    `smem` bytes of shared memory hold sums that are kept, a team's first warps leave adding up to its others where it
-    `has_workers`, and so many teams share a row to send and a row to add up.
+    Sums of a rank's own tokens do not travel where it `keeps_own`. Where teams have `has_workers`, their first warps
+    leave adding up to the others. So many teams share a row to send and a row to add up.
     """
 
     num_blocks: int
     team: int
-    smem: int
     keeps_own: bool
     has_workers: bool
     debt_parts: int
@@ -59,28 +59,12 @@ class Grids:
         self.table_bytes = 2 * 4 * shape.num_experts
         if self.table_bytes > 48 << 10:
             dispatch.set_max_smem(self.table_bytes)
-        self._can_keep_own = self._prepare_own_sums(combine, device)
-        own_bytes = self._own_bytes(MIN_TEAM) if self._can_keep_own else 0
         self._dispatch_blocks = max(1, dispatch.blocks_per_sm(ll_structs.NUM_THREADS, self.table_bytes))
-        self._combine_blocks = max(1, combine.blocks_per_sm(ll_structs.NUM_THREADS, own_bytes))
+        self._combine_blocks = max(1, combine.blocks_per_sm(ll_structs.NUM_THREADS, 0))
         # Kernels that wait for peers need all of their blocks to run at once, and all of the peers'.
         self._shares_gpu = ranks_per_gpu > 1
         self._num_sms = driver.device_attribute("CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT", device) / ranks_per_gpu
         self.combine = functools.lru_cache(_MOST_GRIDS)(self._combine)
-
-    def _own_bytes(self, team: int) -> int:
-        """Shared memory for the sums of a rank's own tokens, one row per team."""
-        return MAX_TEAM // team * 2 * self._shape.hidden
-
-    def _prepare_own_sums(self, kernel: jit.Kernel, device: int) -> bool:
-        """Whether these sums fit shared memory without keeping blocks from running side by side."""
-        most = self._own_bytes(MIN_TEAM)
-        limit = driver.device_attribute("CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN", device)
-        if most + kernel.shared_bytes > limit:
-            return False
-        kernel.set_max_smem(most)
-        blocks = kernel.blocks_per_sm(ll_structs.NUM_THREADS, most)
-        return blocks >= kernel.blocks_per_sm(ll_structs.NUM_THREADS, 0)
 
     def dispatch(self, num_tokens: int, num_sms: int, row_vecs: int, split_phases: bool) -> DispatchGrid:
         """Choose for a dispatch of T tokens whose rows are so many vectors of 16 bytes."""
@@ -117,18 +101,21 @@ class Grids:
                 max(1, min(parts, teams)) for teams in (teams_per_token // self._shape.num_ranks, teams_per_token)
             )
             return CombineGrid(
-                num_blocks, team, 0, keeps_own=False, has_workers=False, debt_parts=debt_parts, home_parts=home_parts
+                num_blocks, team, keeps_own=False, has_workers=False, debt_parts=debt_parts, home_parts=home_parts
             )
         has_workers = not is_per_copy
         team = usual_team
-        if has_workers and usual_team == MIN_TEAM and self._shape.num_topk >= ROWS_PER_WORKER * self._shape.num_ranks:
-            # Many tokens for every block, each with as many rows here as a worker loads at once.
+        if has_workers and usual_team == MIN_TEAM and self._shape.num_topk >= _MANY_ROWS * self._shape.num_ranks:
+            # Many tokens for every block, each with many rows here.
             team = _team_of_workers(self._shape.hidden // 8)
         num_blocks = _num_blocks(most, tokens, num_foreign, team)
         # Between two launches the caller may change the rows, so then its own sums travel like the others.
-        keeps_own = self._can_keep_own and not is_per_copy and not split_phases
-        smem = self._own_bytes(team) if keeps_own else 0
-        return CombineGrid(num_blocks, team, smem, keeps_own, has_workers, debt_parts=1, home_parts=1)
+        keeps_own = not is_per_copy and not split_phases
+        # Teams draw what they add up. Where each has few tokens it may be half of one, so that all are done together.
+        steps = -(-(self._shape.hidden // 8) // (VECS_PER_WORKER * (team - LISTING_THREADS)))
+        num_teams = num_blocks * (MAX_TEAM // team)
+        home_parts = 2 if has_workers and steps > 1 and num_tokens < 4 * num_teams else 1
+        return CombineGrid(num_blocks, team, keeps_own, has_workers, debt_parts=1, home_parts=home_parts)
 
     def _most_blocks(self, blocks_per_sm: int, num_sms: int) -> int:
         return max(1, int(min(self._num_sms, num_sms or self._num_sms) * blocks_per_sm))

@@ -49,7 +49,7 @@ class LlState(ctypes.Structure):
     """What a rank keeps at the start of its window, up to what the host looks at."""
 
     _fields_ = [
-        *_fields({"starts": ctypes.c_uint64 * 2, "read_epoch num_readers num_read": ctypes.c_uint32 * 4}),
+        *_fields({"starts": ctypes.c_uint64 * 2, "read_epoch num_readers num_read num_drawn": ctypes.c_uint32 * 4}),
         *_fields({"mask is_stale": ctypes.c_uint32 * MAX_RANKS}),
     ]
 

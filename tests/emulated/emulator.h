@@ -23,6 +23,7 @@
 #define __noinline__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __builtin_assume(what)
 
 namespace emu {
 

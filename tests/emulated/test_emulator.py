@@ -27,23 +27,26 @@ def test_ptx_that_nobody_explained_fails_when_it_runs() -> None:
     assert "emu::fail" in translate('asm("brkpt;");')
 
 
+_RANKS = "= ranks_of(call, choices)"
 _COUNTS = "await_counts(args, call, threadIdx.x + kLlThreads"
 
 
 @pytest.mark.parametrize(
-    ("line", "instead", "message"),
+    ("line", "instead", "message", "num_sms"),
     [
-        ("*part_at(share, i) = {};", "", None),
-        ("slots[first[t] + place.vec[i]] = {};", "", None),
-        ("= ranks_of(call, choices)", "= threadIdx.x % 2 ? 0 : ranks_of(call, choices)", "meet at different places"),
-        (_COUNTS, f"if (threadIdx.x == 7) return;\n{_COUNTS}", "wait for each other"),
+        ("*part_at(share, i) = {};", "", None, 24),
+        ("slots[at[t]] = {};", "", None, 24),
+        ("slot[place.vec[i]] = {};", "", None, 2),
+        ("call.state->num_drawn[(call.epoch + kLlBanks) % kLlDrawings] = 0;", "", None, 2),
+        (_RANKS, f"= threadIdx.x % 2 ? 0 {_RANKS.replace('=', ':')}", "meet at different places", 24),
+        (_COUNTS, f"if (threadIdx.x == 7) return;\n{_COUNTS}", "wait for each other", 24),
     ],
 )
 def test_broken_kernels_are_noticed(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str, instead: str, message: str | None
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str, instead: str, message: str | None, num_sms: int
 ) -> None:
     emulator = compile_broken(monkeypatch, line, instead, lambda: Emulator(tmp_path))
-    world = World(monkeypatch, emulator, Shape(2, 4, 2, 9, 256), num_sms=24)
+    world = World(monkeypatch, emulator, Shape(2, 4, 2, 9, 256), num_sms)
     with pytest.raises((EmulationError, AssertionError), match=message):
         _run_steps(world)
 

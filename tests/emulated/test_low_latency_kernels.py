@@ -29,6 +29,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
         (1, 3, [5], 128),  # more rows than blocks: those that stay skip the window
         (1, 8, [3], 2176),
         (2, 2, [9, 7], 256),
+        (2, 2, [9, 7], 2176),  # teams draw halves of rows to add up
         (2, 5, [9, 0], 384),
         (2, 12, [2, 3], 2176),  # several blocks to a row
         (2, 32, [1, 4], 4096),

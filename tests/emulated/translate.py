@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 _PTX = (
+    (r"", ""),
     (r"mov\.u64 %0, %%globaltimer;", "%0 = emu::now();"),
     (r"ld\.(relaxed|acquire)\.(sys|gpu)\.global\.u(32|64) %0, \[%1\];", "%0 = emu::load(%1);"),
     (r"st\.relaxed\.sys\.global\.u(32|64) \[%0\], %1;", "emu::store(%0, %1);"),

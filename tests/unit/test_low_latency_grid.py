@@ -56,23 +56,28 @@ def test_rows_that_stay_take_the_window_between_two_phases() -> None:
     assert not grids.dispatch(128, 0, ROW_VECS, True).keeps_own
     assert not grids.combine(128, 0, False, True).keeps_own
     assert grids.combine(128, 0, False, False).keeps_own
-    assert grids.combine(128, 0, False, False).smem == 2 * 7168
     assert not grids.combine(128, 0, True, False).keeps_own
 
 
 def test_teams_share_a_row_while_there_is_a_block_for_each() -> None:
-    assert make_grids(2, 128).combine(8, 0, False, False)[2:] == (0, False, False, 2, 2)
+    assert make_grids(2, 128).combine(8, 0, False, False)[2:] == (False, False, 2, 2)
     assert make_grids(2, 128).combine(66, 0, False, False).has_workers is False
-    assert make_grids(2, 128).combine(67, 0, False, False)[3:] == (True, True, 1, 1)
+    assert make_grids(2, 128).combine(67, 0, False, False)[2:] == (True, True, 1, 1)
     assert make_grids(2, 128, ranks_per_gpu=2).combine(34, 0, False, False).has_workers
     assert [make_grids(8, 128, 8).combine(tokens, 0, False, False).has_workers for tokens in (8, 9)] == [False, True]
-    assert make_grids(2, 128).combine(67, 0, True, False)[3:] == (False, False, 1, 1)
+    assert make_grids(2, 128).combine(67, 0, True, False)[2:] == (False, False, 1, 1)
 
 
 @pytest.mark.parametrize(("hidden", "team"), [(64, 128), (1536, 128), (2048, 256), (4096, 512), (7168, 512)])
 def test_a_team_with_workers_has_a_row_under_way(hidden: int, team: int) -> None:
     grid = make_grids(2, 4096, hidden=hidden).combine(4096, 0, False, False)
-    assert (grid.team, grid.smem) == (team, 512 // team * 2 * hidden)
+    assert (grid.team, grid.home_parts) == (team, 1)
+
+
+def test_teams_draw_halves_of_rows_where_each_has_few() -> None:
+    assert make_grids(2, 128, ranks_per_gpu=2).combine(128, 0, False, False).home_parts == 2
+    assert make_grids(2, 512, ranks_per_gpu=2).combine(512, 0, False, False).home_parts == 1
+    assert make_grids(2, 128, ranks_per_gpu=2, hidden=2048).combine(128, 0, False, False).home_parts == 1
 
 
 def test_teams_stay_small_where_a_token_has_few_rows() -> None:

@@ -34,13 +34,14 @@ def test_members_agree(name: str) -> None:
 def test_the_mask_is_where_kernels_keep_it() -> None:
     body = re.search(r"struct LlState \{(.*?)uint32_t mask\[kLlMaxRanks\];\s+uint32_t is_stale\[", _HEADER, re.DOTALL)
     assert body is not None
-    assert re.findall(r"(uint\d\d)_t (\w+)((?:\[2\])+)", body.group(1)) == [
+    assert re.findall(r"(uint\d\d)_t (\w+)((?:\[\w+\])+)", body.group(1)) == [
         ("uint64", "starts", "[2]"),
         ("uint32", "read_epoch", "[2][2]"),
         ("uint32", "num_readers", "[2][2]"),
         ("uint32", "num_read", "[2][2]"),
+        ("uint32", "num_drawn", "[kLlDrawings]"),
     ]
-    assert ll_structs.LlState.mask.offset == 2 * 8 + 3 * 4 * 4
+    assert ll_structs.LlState.mask.offset == 2 * 8 + 3 * 4 * 4 + 4 * 4
     assert ll_structs.LlState.is_stale.offset == ll_structs.LlState.mask.offset + 4 * ll_structs.MAX_RANKS
 
 
@@ -54,8 +55,7 @@ def test_limits_agree(constant: str, value: int) -> None:
 @pytest.mark.parametrize(
     ("header", "constant", "value"),
     [
-        ("ll_sums.cuh", "kVecsAtOnce", ll_grid.VECS_PER_WORKER),
-        ("ll_sums.cuh", "kRowsAtOnce", ll_grid.VECS_PER_WORKER * ll_grid.ROWS_PER_WORKER),
+        ("ll_workers.cuh", "kVecsAtOnce", ll_grid.VECS_PER_WORKER),
         ("types.cuh", "kWarpSize", ll_grid.LISTING_THREADS),
     ],
 )

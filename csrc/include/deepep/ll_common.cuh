@@ -11,8 +11,11 @@ enum LlOp : uint32_t { kLlDispatch = 0, kLlCombine = 1, kLlClean = 2 };
 
 constexpr uint32_t kLlThreads = 512;
 constexpr uint32_t kLlBlocksPerSm = 1;
+constexpr uint32_t kLlMinTeamThreads = 128;
+constexpr uint32_t kLlMaxTeams = kLlThreads / kLlMinTeamThreads;
 constexpr uint32_t kLlBanks = 2;                                  // of the window
 constexpr uint32_t kCountingThread = kLlThreads - kWarpSize - 1;  // of a warp that has little else to do
+constexpr uint32_t kFirstLooker = kLlThreads - kMostChoices;      // last threads look at ranks, first ones at tokens
 
 // n / d where their product is less than 2^32. The host has made `magic` of d: 2^32 / d rounded up, 0 for 1.
 __device__ __forceinline__ uint32_t divide(uint32_t n, uint32_t magic) { return magic == 0 ? n : __umulhi(n, magic); }
@@ -49,7 +52,7 @@ struct LlCall {
     const LlOp op;
     LlShared& shared;
     const Transport transport;
-    LlState* const state;
+    LlState* state;
     uint32_t epoch;
 
     __device__ LlCall(const LlCommon& common, LlOp operation, LlShared& block)
@@ -59,19 +62,42 @@ struct LlCall {
           transport(reinterpret_cast<uint64_t>(block.peers), common.shape.rank, common.shape.num_ranks),
           state(pointer<LlState>(common.own_base + common.window.state)) {}
 
+    // The rank that a thread looks at when a block starts; more than any of most threads.
+    __device__ static uint32_t looks_at() { return threadIdx.x - kFirstLooker; }
+
+    // What prepare() looks at, known before the kernel's turn. `credits` is where ranks say that they are through with
+    // what the bank held before.
+    struct Places {
+        const uint64_t *credit, *peer;
+        uint64_t credits, call_epoch;
+    };
+    __device__ __forceinline__ Places find_places(uint64_t credits, uint64_t call_epoch) {
+        const uint64_t* credit = pointer<const uint64_t>(args.own_base + credits) + looks_at();
+        const uint64_t* peer = pointer<const uint64_t>(args.peer_table) + looks_at();
+        settle(credit);
+        settle(peer);
+        settle(state);
+        return {credit, peer, credits, call_epoch};
+    }
+
     // Start: issue all loads that nothing depends on, in one trip, and, where the launch sends, wait until every rank
-    // is through with what the bank held before. `credits` is where ranks say so. The barrier of begin() then covers it
-    // all.
-    __device__ void prepare(uint64_t credits, uint64_t call_epoch) const {
-        constexpr uint32_t kEpochThread = 3 * kWarpSize;  // of another warp than those that look at ranks
-        static_assert(kEpochThread >= kMostChoices, "one thread has one task");
+    // is through with what the bank held before. The barrier of begin() then covers it all.
+    __device__ void prepare(const Places& at) const {
+        prepare_epoch(at.call_epoch);
+        prepare_ranks(at);
+    }
+    __device__ void prepare_epoch(uint64_t call_epoch) const {
+        constexpr uint32_t kEpochThread = 3 * kWarpSize;  // neither among a team's first threads nor a looker
+        static_assert(kEpochThread < kFirstLooker && kEpochThread % kLlMinTeamThreads >= kMostChoices, "it has time");
         if (threadIdx.x == kEpochThread && args.phases != 0) shared.epoch = load_epoch(call_epoch);
-        if (threadIdx.x == 0) shared.deadline = global_timer_ns() + args.timeout_ns;
-        if (threadIdx.x >= args.shape.num_ranks) return;
-        const uint32_t rank = threadIdx.x;
+    }
+    __device__ void prepare_ranks(const Places& at) const {
+        if (threadIdx.x == kFirstLooker) shared.deadline = global_timer_ns() + args.timeout_ns;
+        const uint32_t rank = looks_at();
+        if (rank >= args.shape.num_ranks) return;
         const bool is_sending = (args.phases & kLlSend) != 0, is_publisher = is_sending && is_last_block();
-        const uint64_t* word = pointer<const uint64_t>(args.own_base + credits) + rank;
-        const uint64_t peer = load_relaxed_gpu(pointer<const uint64_t>(args.peer_table) + rank);
+        const uint64_t* word = at.credit;
+        const uint64_t peer = load_relaxed_gpu(at.peer);
         // In this order: a launch beside this one that gives up sets the mask first.
         const uint32_t is_stale = load_relaxed_gpu(&state->is_stale[rank]);
         uint32_t mask = load_relaxed_gpu(&state->mask[rank]);
@@ -79,28 +105,32 @@ struct LlCall {
         const uint64_t seen = load_relaxed_sys(word), seen_next = load_relaxed_sys(word + args.window.bank_stride / 8);
         Uses uses[kLlBanks] = {};
         if (is_publisher) uses[0] = load_uses(0), uses[1] = load_uses(1);
-        const uint32_t now = load_epoch(call_epoch);
+        const uint32_t now = load_epoch(at.call_epoch);
         const uint64_t credit = now % kLlBanks == 0 ? seen : seen_next;
-        if (mask != 0) {
-            state->is_stale[rank] = 1;
-        } else if (is_stale != 0 && args.phases != 0) {
-            tell_host(args, kLlNotCleaned, rank, 1);
-            mask = 1;
+        if ((mask | is_stale) != 0) {
+            if (mask != 0) {
+                state->is_stale[rank] = 1;
+            } else if (args.phases != 0) {
+                tell_host(args, kLlNotCleaned, rank, 1);
+                mask = 1;
+            }
         }
         shared.peers[rank] = peer;
         shared.mask[rank] = mask;
         shared.waited_us[rank] = 0;
         if (!is_sending || mask != 0) return;
         // First tell, then wait: a rank may wait for what only this launch tells it.
+        if (is_publisher) {
 #pragma unroll
-        for (uint32_t b = 0; b < kLlBanks; ++b) {
-            // Blocks of this launch may have ended before this one starts, hence "at least".
-            if (!is_publisher || static_cast<int32_t>(uses[b].read - uses[b].readers) < 0) continue;
-            const uint64_t at = credits + b * args.window.bank_stride + 8 * args.shape.rank;
-            transport.signal(rank, at, ll_word(uses[b].last, 0));
+            for (uint32_t b = 0; b < kLlBanks; ++b) {
+                // Blocks of this launch may have ended before this one starts, hence "at least".
+                if (static_cast<int32_t>(uses[b].read - uses[b].readers) < 0) continue;
+                const uint64_t told = at.credits + b * args.window.bank_stride + 8 * args.shape.rank;
+                transport.signal(rank, told, ll_word(uses[b].last, 0));
+            }
         }
-        await_credit(rank, now, word + now % kLlBanks * (args.window.bank_stride / 8),
-                     static_cast<uint32_t>(credit >> 32));
+        const uint32_t last = static_cast<uint32_t>(credit >> 32);
+        if (!is_free(now, last)) await_credit(rank, now, word + now % kLlBanks * (args.window.bank_stride / 8));
     }
 
     // Once all threads of the block are through with prepare().
@@ -143,19 +173,24 @@ struct LlCall {
         state->read_epoch[op][epoch % kLlBanks] = epoch;
     }
 
+    // Whether a rank whose last credit for the bank of epoch `now` is this one is through with what it held before.
+    __device__ static bool is_free(uint32_t now, uint32_t last) {
+        return now <= kLlBanks || static_cast<int32_t>(last + kLlBanks - now) >= 0;
+    }
+
     // By each thread for one rank: wait until it is through with what the bank of epoch `now` held before. Others wait
     // for this rank meanwhile, so only half of the time; then there is all of it again for the ranks that are left.
-    __device__ void await_credit(uint32_t rank, uint32_t now, const uint64_t* word, uint32_t last) const {
+    __device__ void await_credit(uint32_t rank, uint32_t now, const uint64_t* word) const {
         constexpr uint32_t kSpinsPerCheck = 64;
-        if (now <= kLlBanks) return;
         const uint64_t deadline = global_timer_ns() + args.timeout_ns / 2;
-        for (uint32_t spin = 1; static_cast<int32_t>(last + kLlBanks - now) < 0; ++spin) {
+        for (uint32_t spin = 1, last = 0;; ++spin) {
+            last = static_cast<uint32_t>(load_relaxed_sys(word) >> 32);
+            if (is_free(now, last)) return;
             if (spin % kSpinsPerCheck == 0 && gives_up(args, shared, op, rank, deadline)) {
                 atomicMax(reinterpret_cast<unsigned long long*>(&shared.deadline),
                           static_cast<unsigned long long>(global_timer_ns() + args.timeout_ns));
                 return;
             }
-            last = static_cast<uint32_t>(load_relaxed_sys(word) >> 32);
         }
     }
 
@@ -243,7 +278,6 @@ struct Team {
     __device__ uint32_t global_count() const { return gridDim.x * per_block(); }
 };
 
-constexpr uint32_t kLlMinTeamThreads = 128;
-constexpr uint32_t kLlMaxTeams = kLlThreads / kLlMinTeamThreads;
+constexpr uint32_t kListBarriers = 1 + kLlMaxTeams;  // of a team's first threads; those of teams come before
 
 }  // namespace deepep

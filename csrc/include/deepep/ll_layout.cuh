@@ -7,13 +7,15 @@ namespace deepep {
 
 constexpr uint32_t kLlMaxRanks = 64;
 constexpr uint32_t kLlMaxTopk = 64;
+constexpr uint32_t kLlDrawings = 4;  // twice as many as banks: two in use, two to make ready
 
 // One per rank, at the start of its window; only its owner looks at it. [2] is per operation, [2][2] per bank, too.
 struct LlState {
-    uint64_t starts[2];          // of sending launches, in shares: all blocks of a launch together add kLlStart
-    uint32_t read_epoch[2][2];   // which epoch was last received out of a bank
-    uint32_t num_readers[2][2];  // blocks that were to do so, since the window was cleaned
-    uint32_t num_read[2][2];     // blocks that have done so: once both agree, the bank is free
+    uint64_t starts[2];               // of sending launches, in shares: all blocks of a launch together add kLlStart
+    uint32_t read_epoch[2][2];        // which epoch was last received out of a bank
+    uint32_t num_readers[2][2];       // blocks that were to do so, since the window was cleaned
+    uint32_t num_read[2][2];          // blocks that have done so: once both agree, the bank is free
+    uint32_t num_drawn[kLlDrawings];  // tokens at home, or halves, that teams of combine drew in an epoch
     uint32_t mask[kLlMaxRanks];
     uint32_t is_stale[kLlMaxRanks];  // since a rank was masked, what it sent may lie where nobody took it
     uint64_t num_barriers;           // that this rank has begun

@@ -62,10 +62,7 @@ __device__ __forceinline__ uint32_t load_acquire_gpu(const uint32_t* address) {
 
 __device__ __forceinline__ uint32_t add_acq_rel_gpu(uint32_t* address, uint32_t value) {
     uint32_t old;
-    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
-                 : "=r"(old)
-                 : "l"(address), "r"(value)
-                 : "memory");
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(address), "r"(value) : "memory");
     return old;
 }
 
@@ -111,8 +108,22 @@ __device__ __forceinline__ void await_previous_kernel() {
 #endif
 }
 
-// Let such a kernel behind this one start, once every block has come here: with no wait for another rank left, lest blocks
-// that wait for their turn keep those of other ranks on the same GPU from running.
+// Have an address by now, rather than when it is first used.
+template <typename T>
+__device__ __forceinline__ void settle(T*& address) {
+    asm volatile("" : "+l"(address));
+}
+
+// What is at an address in global memory, or `otherwise` if it is null.
+template <typename T>
+__device__ __forceinline__ T load_if(const T* address, T otherwise) {
+    if (address == nullptr) return otherwise;
+    __builtin_assume(__isGlobal(address));
+    return *address;
+}
+
+// Let such a kernel behind this one start, once every block has come here: with no wait for another rank left, lest
+// blocks that wait for their turn keep those of other ranks on the same GPU from running.
 __device__ __forceinline__ void let_next_kernel_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -150,8 +161,7 @@ __device__ __forceinline__ void barrier_init_fence() {
 }
 
 __device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t num_bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-                 "r"(num_bytes)
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(num_bytes)
                  : "memory");
 }
 
