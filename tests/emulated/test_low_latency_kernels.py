@@ -96,6 +96,19 @@ def test_two_phases_and_both_reductions(
             assert torch.equal(combined[rank].x, wanted), f"seed {seed}, rank {rank}"
 
 
+@pytest.mark.parametrize("num_tokens", [[2, 2, 2], [9, 9, 9]])
+def test_waits_are_noted(monkeypatch: pytest.MonkeyPatch, emulator: Emulator, num_tokens: list[int]) -> None:
+    world = World(monkeypatch, emulator, Shape(3, 6, 3, 9, 256), num_sms=3)
+    step = Step(world, num_tokens, 0, pattern="spread")
+    dispatched = [step.dispatch(rank) for rank in range(3)]
+    waited = [torch.zeros(3, dtype=torch.int64) for _ in range(3)]
+    combined = [step.combine(rank, dispatched[rank], wait_stats=waited[rank]) for rank in range(3)]
+    emulator.run(0, ns_per_round=2_000)
+    for rank in range(3):
+        assert torch.equal(combined[rank].x, step.expected_combine(rank))
+        assert [int(us) > 0 for us in waited[rank]] == [other != rank for other in range(3)]
+
+
 def test_few_and_many_tokens_take_turns(monkeypatch: pytest.MonkeyPatch, emulator: Emulator) -> None:
     world = World(monkeypatch, emulator, Shape(2, 4, 2, 16, 256), num_sms=9)
     steps, dispatched, combined = [], [], []

@@ -133,6 +133,7 @@ class Step:
         reduction: Reduction = Reduction.PER_RANK,
         split: bool = False,
         use_logfmt: bool = False,
+        wait_stats: torch.Tensor | None = None,
     ) -> CombineResult:
         """Launch a rank's combine."""
         mine, x = self._inputs[rank], self._outputs[rank]
@@ -144,6 +145,7 @@ class Step:
             reduction=reduction,
             use_logfmt=use_logfmt,
             split_phases=split,
+            wait_recv_cost_stats=wait_stats,
         )
         return self.world.on(rank).combine(request, x)
 

@@ -200,7 +200,9 @@ struct LlCall {
         let_next_kernel_start();
         if (!(args.phases & kLlRecv)) return;
         if (threadIdx.x == 0) add_release_gpu(&state->num_read[op][epoch % kLlBanks], 1);
-        if (args.wait_stats != 0 && blockIdx.x == 0 && threadIdx.x < args.shape.num_ranks) {
+        // Of the block that surely has something to wait for, if any has.
+        const bool is_noted = op == kLlCombine ? is_last_block() : blockIdx.x == 0;
+        if (args.wait_stats != 0 && is_noted && threadIdx.x < args.shape.num_ranks) {
             pointer<uint64_t>(args.wait_stats)[threadIdx.x] += shared.waited_us[threadIdx.x];
         }
     }

@@ -112,15 +112,15 @@ struct Incoming {
     }
 };
 
-// By one worker, where statistics are asked for.
-__device__ __forceinline__ void note_waits(const LlCall& call, const Task& task, uint32_t row_vecs) {
+// By one worker, where statistics are asked for; `base` is its first vector.
+__device__ __forceinline__ void note_waits(const LlCall& call, const Task& task, uint32_t row_vecs, uint32_t base) {
     const uint64_t start = global_timer_ns();
 #pragma unroll 1
     for (uint32_t word = 0; word < kWords; ++word) {
 #pragma unroll 1
         for (uint32_t i = 0; i < task.num_owners[word]; ++i) {
             const int32_t rank = task.owner[word * kWarpSize + i];
-            note_wait(call, rank, task.slots + rank * row_vecs, start);
+            note_wait(call, rank, task.slots + rank * row_vecs + base, start);
         }
     }
 }
@@ -132,9 +132,10 @@ __device__ void bring_home(const LlCombineArgs& args, const LlCall& call, const 
     const uint32_t row_vecs = shape.hidden / Bf16::kPerVec;
     const uint32_t kept = args.keeps_own ? shape.rank : kMostChoices;
     const Worker worker(team);
-    if (args.common.wait_stats != 0 && worker.thread == 0 && task.part == 0) note_waits(call, task, row_vecs);
+    const uint32_t first_base = task.part * worker.step;
+    if (args.common.wait_stats != 0 && worker.thread == 0) note_waits(call, task, row_vecs, first_base);
 #pragma unroll 1
-    for (uint32_t base = task.part * worker.step; base < row_vecs; base += args.home_parts * worker.step) {
+    for (uint32_t base = first_base; base < row_vecs; base += args.home_parts * worker.step) {
         const WorkPlace place = worker.place(base, row_vecs);
         Incoming term;
         Vec16 own[kVecsAtOnce];
