@@ -62,7 +62,7 @@ struct LlCall {
           transport(reinterpret_cast<uint64_t>(block.peers), common.shape.rank, common.shape.num_ranks),
           state(pointer<LlState>(common.own_base + common.window.state)) {}
 
-    // The rank that a thread looks at when a block starts; more than any of most threads.
+    // The rank that a thread looks at when a block starts; of most threads a number that no rank has.
     __device__ static uint32_t looks_at() { return threadIdx.x - kFirstLooker; }
 
     // What prepare() looks at, known before the kernel's turn. `credits` is where ranks say that they are through with

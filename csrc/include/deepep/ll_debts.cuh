@@ -35,11 +35,6 @@ struct Debts {
     }
     __device__ Item operator[](uint32_t number) const { return Item(args.common.shape, sources, number); }
     __device__ bool is_due(const Item& debt) const { return debt.token < tokens_of(headers[debt.source]); }
-    // The first one from `number` on; at least `count` if there is none.
-    __device__ uint32_t next(uint32_t number) const {
-        while (number < count && !is_due((*this)[number])) number += step;
-        return number;
-    }
     __device__ Weights weights(uint32_t source) const { return weights_of(args, source, headers[source]); }
 };
 
