@@ -192,13 +192,13 @@ class LowLatencyMixin(_Base):
                 )
             if zero_copy and use_logfmt:
                 raise InvalidArgument(f"{op}: zero_copy and use_logfmt exclude each other")
-            check_topk(op, topk_idx, topk_weights, num_tokens, routing.num_experts, self._bounds, device)
+            num_topk = check_topk(op, topk_idx, topk_weights, num_tokens, routing.num_experts, self._bounds, device)
             if topk_weights is None:
                 raise InvalidArgument(f"{op}: topk_weights is needed")
-            num_topk = topk_idx.shape[1] if routing.topk_idx is None else routing.topk_idx.shape[1]
-            if topk_idx.shape[1] != num_topk:
+            sent_topk = num_topk if routing.topk_idx is None else routing.topk_idx.shape[1]
+            if sent_topk != num_topk:
                 raise InvalidArgument(
-                    f"{op}: topk_idx has K = {topk_idx.shape[1]} columns and the handle's dispatch had {num_topk}"
+                    f"{op}: topk_idx has K = {num_topk} columns and the handle's dispatch had {sent_topk}"
                 )
             if out is not None:
                 check_written(op, "out", out, torch.bfloat16, (num_tokens, handle.hidden), device)

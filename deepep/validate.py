@@ -125,8 +125,8 @@ def check_experts(op: str, num_experts: int, num_ranks: int) -> int:
 def check_topk(
     op: str, topk_idx: torch.Tensor, topk_weights: torch.Tensor | None, num_tokens: int | None, num_experts: int,
     bounds: Bounds, device: torch.device | None = None,
-) -> None:  # fmt: skip
-    """Check `topk_idx` [T, K] int64 and `topk_weights` [T, K] float32.
+) -> int:  # fmt: skip
+    """Check `topk_idx` [T, K] int64 and `topk_weights` [T, K] float32; give K.
 
     The values (range, the same expert twice) are checked on CPU tensors always, on CUDA tensors when debugging, since
     looking at them there waits for the GPU.
@@ -143,9 +143,10 @@ def check_topk(
     if not 1 <= num_topk <= bounds.max_topk:
         raise InvalidArgument(f"{op}: topk_idx has K = {num_topk} columns; 1 to {bounds.max_topk} are allowed")
     if topk_weights is not None:
-        check_weights(op, topk_weights, (rows, num_topk), topk_idx.device)
+        check_weights(op, topk_weights, (rows, num_topk), device or topk_idx.device)
     if values_are_checked(topk_idx, bounds):
         _check_topk_values(op, topk_idx, num_experts)
+    return num_topk
 
 
 def values_are_checked(tensor: torch.Tensor, bounds: Bounds) -> bool:

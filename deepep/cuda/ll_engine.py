@@ -26,7 +26,7 @@ from deepep.cuda import driver, jit, ll_structs
 from deepep.cuda.call_order import CallOrder
 from deepep.cuda.launch import aligned, runtime
 from deepep.cuda.ll_grid import Grids
-from deepep.cuda.ll_plan import DispatchPlan
+from deepep.cuda.ll_plan import CombinePlan, DispatchPlan
 from deepep.cuda.ll_state import LlRouting, identity
 from deepep.cuda.ll_structs import Division, LlCleanArgs, LlCombineArgs, LlCommon, LlDispatchArgs, LlShape, Shape, magic
 from deepep.errors import BufferDestroyed, InvalidArgument
@@ -107,13 +107,12 @@ class LowLatencyEngine:
             ranks_magic=magic(shape.num_ranks),
             others_magic=magic(shape.num_ranks - 1),
         )
-        # Launches copy their arguments, so one struct serves many calls, but not those of two phases.
-        self._combine_args = LlCombineArgs(common=self._common)
         self._runtime = runtime()
         self._starts_early = driver.can_start_early(device)
         self._empty: dict[int, torch.Tensor] = {}
-        plan = functools.partial(DispatchPlan.make, shape, self._grids, self._common)
-        self._plan = functools.lru_cache(_MOST_PLANS)(plan)
+        kept = functools.lru_cache(_MOST_PLANS)
+        self._plan_dispatch = kept(functools.partial(DispatchPlan.make, shape, self._grids, self._common))
+        self._plan_combine = kept(functools.partial(CombinePlan.make, self._grids, self._common))
 
     def meet(self) -> None:
         """Let the current stream go on when all ranks that are not masked have come here."""
@@ -131,7 +130,7 @@ class LowLatencyEngine:
         """Serve a padded dispatch request."""
         shape, x = self.shape, aligned(request.x)
         num_local, room = shape.num_local_experts, shape.num_ranks * shape.num_max_tokens
-        plan = self._plan(x.shape[0], request.num_sms, request.sf_format, request.split_phases)
+        plan = self._plan_dispatch(x.shape[0], request.num_sms, request.sf_format, request.split_phases)
         parts = plan.parts
         routing = LlRouting.make(request, shape, parts)
         state = routing.state
@@ -143,9 +142,8 @@ class LowLatencyEngine:
         args.layout_range = at + 4 * parts.layout_range
         args.recv_sf = 0 if plan.sf is None else at + 4 * parts.recv_sf
         args.recv_stats = _pointer(request.cumulative_local_expert_recv_stats)
-        common = args.common
-        routing.address(common)
-        common.wait_stats = _pointer(request.wait_recv_cost_stats)
+        routing.address(plan.common)
+        plan.common.wait_stats = _pointer(request.wait_recv_cost_stats)
         kernel, kept = self._dispatch_kernel.handle, (request, x, recv_x, routing)
         finish = self._start(kernel, plan.num_blocks, self._grids.table_bytes, args, request.split_phases, kept)
         # Views are made while the kernel runs.
@@ -171,24 +169,17 @@ class LowLatencyEngine:
         self._check_combine(request, routing, is_per_copy)
         out = request.out
         if out is None:
-            out = torch.empty((routing.num_tokens, self.shape.hidden), dtype=x.dtype, device=x.device)
+            out = x.new_empty((routing.num_tokens, self.shape.hidden))
         epoch = torch.empty(1, dtype=torch.int32, device=x.device) if request.split_phases else None
-        args = self._combine_args
+        plan = self._plan_combine(routing.num_tokens, request.num_sms, is_per_copy, request.split_phases)
+        args = plan.args
         args.x, args.out, args.combine_epoch = x.data_ptr(), out.data_ptr(), _pointer(epoch)
         args.topk_idx, args.topk_weights = _pointer(request.scale_topk_idx), _pointer(request.scale_topk_weights)
-        args.is_per_copy, args.use_logfmt = int(is_per_copy), int(request.use_logfmt)
-        args.has_sent_weights = int(routing.sent is not None)
-        grid = self._grids.combine(routing.num_tokens, request.num_sms, is_per_copy, request.split_phases)
-        args.keeps_own, args.has_workers = grid.keeps_own, grid.has_workers
-        args.debt_parts, args.home_parts = grid.debt_parts, grid.home_parts
-        args.debt_parts_magic, args.home_parts_magic = magic(grid.debt_parts), magic(grid.home_parts)
-        common = args.common
-        routing.address(common)
-        common.wait_stats = _pointer(request.wait_recv_cost_stats)
-        common.team_threads, common.num_tokens = grid.team, routing.num_tokens
-        kernel = self._combine_kernel.handle
-        kept = (request, x, out, epoch)
-        finish = self._start(kernel, grid.num_blocks, 0, args, request.split_phases, kept)
+        args.use_logfmt, args.has_sent_weights = request.use_logfmt, routing.sent is not None
+        routing.address(plan.common)
+        plan.common.wait_stats = _pointer(request.wait_recv_cost_stats)
+        kernel, kept = self._combine_kernel.handle, (request, x, out, epoch)
+        finish = self._start(kernel, plan.num_blocks, 0, args, request.split_phases, kept)
         return CombineResult(out, None, finish)
 
     def _check_combine(self, request: CombineRequest, routing: LlRouting, is_per_copy: bool) -> None:
@@ -217,7 +208,6 @@ class LowLatencyEngine:
         kept: tuple[object, ...],
     ) -> _SecondPhase | None:
         """Launch both phases, or the first one and give back what launches the second."""
-        args.common.phases = ll_structs.SEND if in_two_phases else ll_structs.SEND | ll_structs.RECV
         stream = self._launch(kernel, num_blocks, smem, args)
         if not in_two_phases:
             return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 from deepep.cuda import driver, jit, ll_structs
@@ -11,7 +10,6 @@ from deepep.cuda.ll_structs import Shape
 MIN_TEAM, MAX_TEAM = 128, ll_structs.NUM_THREADS
 LISTING_THREADS, VECS_PER_WORKER = 32, 2
 _MANY_ROWS = 4  # of a token on a rank
-_MOST_GRIDS = 256
 
 
 class DispatchGrid(NamedTuple):
@@ -49,7 +47,6 @@ class Grids:
 
     Attributes:
         table_bytes: shared memory of dispatch.
-        combine: `_combine`, each answer kept.
     """
 
     def __init__(
@@ -64,7 +61,6 @@ class Grids:
         # Kernels that wait for peers need all of their blocks to run at once, and all of the peers'.
         self._shares_gpu = ranks_per_gpu > 1
         self._num_sms = driver.device_attribute("CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT", device) / ranks_per_gpu
-        self.combine = functools.lru_cache(_MOST_GRIDS)(self._combine)
 
     def dispatch(self, num_tokens: int, num_sms: int, row_vecs: int, split_phases: bool) -> DispatchGrid:
         """Choose for a dispatch of T tokens whose rows are so many vectors of 16 bytes."""
@@ -82,7 +78,7 @@ class Grids:
         tokens_per_block = -(-num_tokens // max(num_blocks - 1, 1))
         return DispatchGrid(num_blocks, team, tokens_per_block, keeps_own, send_parts, recv_parts)
 
-    def _combine(self, num_tokens: int, num_sms: int, is_per_copy: bool, split_phases: bool) -> CombineGrid:
+    def combine(self, num_tokens: int, num_sms: int, is_per_copy: bool, split_phases: bool) -> CombineGrid:
         """Choose for a combine that brings T tokens home."""
         most, tokens = self._most_blocks(self._combine_blocks, num_sms), self._likely_tokens(num_tokens)
         num_rows, num_foreign = tokens * self._shape.num_ranks, tokens * max(self._shape.num_ranks - 1, 1)

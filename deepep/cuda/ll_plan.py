@@ -1,4 +1,4 @@
-"""What low-latency dispatches of the same sizes have in common, so that those after the first need not work it out."""
+"""What low-latency calls of the same sizes have in common, so that those after the first need not work it out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from deepep.cuda.ll_grid import Grids
 from deepep.cuda.ll_state import StateParts
-from deepep.cuda.ll_structs import LlCommon, LlDispatchArgs, Shape
+from deepep.cuda.ll_structs import RECV, SEND, LlCombineArgs, LlCommon, LlDispatchArgs, Shape, magic
 from deepep.quant import FP8_DTYPE, SfFormat
 
 _SF_CODES = {None: 0, SfFormat.FLOAT32: 1, SfFormat.POW2: 2, SfFormat.UE8M0: 3}
@@ -39,7 +39,8 @@ class DispatchPlan(NamedTuple):
 
     Attributes:
         num_blocks: of the launch.
-        args: arguments that lack only pointers. Launches copy them, so one struct serves all calls.
+        args: arguments of the first launch that lack only pointers. Launches copy them, so one struct serves all calls.
+        common: those of them that combine has, too.
         parts: where the parts of the state are.
         recv_shape: of the rows: L, R*M, H.
         recv_dtype: of the rows.
@@ -48,6 +49,7 @@ class DispatchPlan(NamedTuple):
 
     num_blocks: int
     args: LlDispatchArgs
+    common: LlCommon
     parts: StateParts
     recv_shape: tuple[int, int, int]
     recv_dtype: torch.dtype
@@ -76,10 +78,49 @@ class DispatchPlan(NamedTuple):
             send_parts=grid.send_parts,
             recv_parts=grid.recv_parts,
         )
-        args.common.team_threads, args.common.num_tokens = grid.team, num_tokens
+        own = args.common
+        own.team_threads, own.num_tokens, own.phases = grid.team, num_tokens, _first_phases(split_phases)
         parts = StateParts.divide(shape, num_tokens, num_sf)
         recv_shape, dtype, sf = (num_local, room, hidden), torch.bfloat16, None
         if sf_format is not None:
             dtype = FP8_DTYPE
             sf = SfView(sf_format.dtype, (num_local, room, num_sf), (num_sf * room, 1, room), parts.recv_sf)
-        return cls(grid.num_blocks, args, parts, recv_shape, dtype, sf)
+        return cls(grid.num_blocks, args, own, parts, recv_shape, dtype, sf)
+
+
+class CombinePlan(NamedTuple):
+    """How a combine is launched.
+
+    Attributes:
+        num_blocks: of the launch.
+        args: arguments of the first launch that lack pointers, and what is asked of the sums. As a dispatch's.
+        common: those of them that dispatch has, too.
+    """
+
+    num_blocks: int
+    args: LlCombineArgs
+    common: LlCommon
+
+    @classmethod
+    def make(
+        cls, grids: Grids, common: LlCommon, num_tokens: int, num_sms: int, is_per_copy: bool, split_phases: bool
+    ) -> CombinePlan:
+        """Plan combines that bring T tokens home; `common` are the arguments that all launches of an engine share."""
+        grid = grids.combine(num_tokens, num_sms, is_per_copy, split_phases)
+        args = LlCombineArgs(
+            common=common,
+            is_per_copy=is_per_copy,
+            keeps_own=grid.keeps_own,
+            has_workers=grid.has_workers,
+            debt_parts=grid.debt_parts,
+            home_parts=grid.home_parts,
+            debt_parts_magic=magic(grid.debt_parts),
+            home_parts_magic=magic(grid.home_parts),
+        )
+        own = args.common
+        own.team_threads, own.num_tokens, own.phases = grid.team, num_tokens, _first_phases(split_phases)
+        return cls(grid.num_blocks, args, own)
+
+
+def _first_phases(split_phases: bool) -> int:
+    return SEND if split_phases else SEND | RECV
