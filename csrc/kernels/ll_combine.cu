@@ -25,14 +25,14 @@ __device__ void run(const LlCombineArgs& args, LlCall& call, const Team& team, H
     // Each warp has one task until the block begins, since warps are in each other's way.
     FirstDebt first;
     HomeChoice home;
-    OwnWeight weight;
+    Choice weight;
     if (is_listing) {
         ChoiceAt debt_at;
         HomeChoiceAt home_at;
         if (is_sending) {
             Item item;
             debt_at = find_first(args, team, item);
-            if (args.has_workers && item.token < args.common.shape.num_max_tokens) first.debt = Debt(args, item);
+            if (args.has_workers) first.debt = Debt(args, item);
         }
         if (is_receiving && !args.has_workers) {
             home_at = find_home(args, team, divide(first_at_home(team), args.home_parts_magic));
@@ -52,7 +52,7 @@ __device__ void run(const LlCombineArgs& args, LlCall& call, const Team& team, H
         call.prepare_ranks(places);
         headers.keep(args, call, header);
     } else {
-        OwnWeightAt weight_at;
+        ChoiceAt weight_at;
         if (is_sending) weight_at = find_weight(args, global_thread());
         const int32_t* row = find_own_row(args, team, team.thread - kMostChoices);
         weight_at.settle();
@@ -75,7 +75,7 @@ __device__ void run(const LlCombineArgs& args, LlCall& call, const Team& team, H
     }
     Terms(&listed)[2] = debts_listed[team.index];
     Home(&homes)[2] = homes_listed[team.index];
-    if (is_sending) send_parts(args, call, team, Debts(args, team, headers), first.choice, listed);
+    if (is_sending) send_parts(args, call, team, headers, first.choice, listed);
     if (is_receiving) list_home(args, team, home, homes[0]);
     team.sync();
     if (is_receiving) receive(args, call, team, homes);

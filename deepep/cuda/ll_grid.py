@@ -82,13 +82,12 @@ class Grids:
         """Choose for a combine that brings T tokens home."""
         most, tokens = self._most_blocks(self._combine_blocks, num_sms), self._likely_tokens(num_tokens)
         num_rows, num_foreign = tokens * self._shape.num_ranks, tokens * max(self._shape.num_ranks - 1, 1)
-        usual_team = _team(most, num_foreign)
+        usual_team, row_vecs = _team(most, num_foreign), self._shape.hidden // 8
         # Workers are worth it if they are most of a team, and there is no block for each row.
         most_few = most * MAX_TEAM // MIN_TEAM if usual_team == MIN_TEAM else most
         if num_rows <= most_few and not is_per_copy:
             # A rank's own sums go like the others: blocks that wait for other rows anyway would make them late. Teams
             # share a row, and those that add up need not be those that sent.
-            row_vecs = self._shape.hidden // 8
             team = _team(most, num_rows, row_vecs)
             parts = -(-row_vecs // team)
             num_blocks = _num_blocks(most, tokens, (num_rows + tokens) * parts, team)
@@ -103,14 +102,14 @@ class Grids:
         team = usual_team
         if has_workers and usual_team == MIN_TEAM and self._shape.num_topk >= _MANY_ROWS * self._shape.num_ranks:
             # Many tokens for every block, each with many rows here.
-            team = _team_of_workers(self._shape.hidden // 8)
+            team = _team_of_workers(row_vecs)
         num_blocks = _num_blocks(most, tokens, num_foreign, team)
         # Between two launches the caller may change the rows, so then its own sums travel like the others.
         keeps_own = not is_per_copy and not split_phases
         # Teams draw what they add up. Where each has few tokens it may be half of one, so that all are done together.
-        steps = -(-(self._shape.hidden // 8) // (VECS_PER_WORKER * (team - LISTING_THREADS)))
         num_teams = num_blocks * (MAX_TEAM // team)
-        home_parts = 2 if has_workers and steps > 1 and num_tokens < 4 * num_teams else 1
+        has_halves = has_workers and _vecs_at_once(team) < row_vecs and num_tokens < 4 * num_teams
+        home_parts = 2 if has_halves else 1
         return CombineGrid(num_blocks, team, keeps_own, has_workers, debt_parts=1, home_parts=home_parts)
 
     def _most_blocks(self, blocks_per_sm: int, num_sms: int) -> int:
@@ -135,9 +134,14 @@ def _team_of_workers(row_vecs: int) -> int:
     Tokens have now two rows to add up, now six: the fewer the teams, the more of this evens out in each.
     """
     team = MIN_TEAM
-    while team < MAX_TEAM and VECS_PER_WORKER * (team - LISTING_THREADS) < row_vecs:
+    while team < MAX_TEAM and _vecs_at_once(team) < row_vecs:
         team *= 2
     return team
+
+
+def _vecs_at_once(team: int) -> int:
+    """Vectors of a row that a team's workers have under way."""
+    return VECS_PER_WORKER * (team - LISTING_THREADS)
 
 
 def _parts(room: int, num_rows: int, most_parts: int) -> int:

@@ -27,7 +27,7 @@ def test_ptx_that_nobody_explained_fails_when_it_runs() -> None:
     assert "emu::fail" in translate('asm("brkpt;");')
 
 
-_RANKS = "= ranks_of(call, choices)"
+_RANKS = "ranks_of(call, choices)"
 _COUNTS = "await_counts(args, call, threadIdx.x + kLlThreads"
 
 
@@ -38,7 +38,7 @@ _COUNTS = "await_counts(args, call, threadIdx.x + kLlThreads"
         ("slots[at[t]] = {};", "", None, 24),
         ("slot[place.vec[i]] = {};", "", None, 2),
         ("call.state->num_drawn[(call.epoch + kLlBanks) % kLlDrawings] = 0;", "", None, 2),
-        (_RANKS, f"= threadIdx.x % 2 ? 0 {_RANKS.replace('=', ':')}", "meet at different places", 24),
+        (f"= {_RANKS}", f"= threadIdx.x % 2 ? 0 : {_RANKS}", "meet at different places", 24),
         (_COUNTS, f"if (threadIdx.x == 7) return;\n{_COUNTS}", "wait for each other", 24),
     ],
 )

@@ -15,9 +15,7 @@ struct Home {
 // By the first threads of a team: the ranks of a token's choices.
 __device__ __forceinline__ void list_home(const LlCombineArgs& args, const Team& team, const HomeChoice& choice,
                                           Home& home) {
-    if (team.thread >= args.common.shape.num_topk) return;
-    home.owners[team.thread] =
-        choice.expert < 0 ? -1 : static_cast<int32_t>(owner_of(args.common.shape, choice.expert));
+    if (team.thread < args.common.shape.num_topk) home.owners[team.thread] = rank_of(args.common.shape, choice.expert);
 }
 
 // By the first threads of a team: list which of a token's slots are filled, and by what. `owners` are the ranks of its
@@ -36,8 +34,7 @@ __device__ void list_slots(const LlCombineArgs& args, const LlCall& call, const 
         terms.row[k] = k;
         if (counts) terms.weight[k] = pointer<const float>(args.topk_weights)[choice];
     } else {
-        for (uint32_t later = k + 1; is_owed && later < shape.num_topk; ++later) is_owed = owners[later] != owner;
-        counts = is_owed;
+        counts = is_owed = is_owed && is_last_of(owners, k, shape.num_topk);
         terms.row[k] = owner;
     }
     set_bits(team, is_owed, terms.owes);
@@ -109,8 +106,7 @@ __device__ void add_up(const LlCombineArgs& args, const LlCall& call, const Team
     constexpr uint32_t kTermsAtOnce = Awaited::kTermsAtOnce;
     const LlShape& shape = args.common.shape;
     const uint32_t row_vecs = shape.hidden / Bf16::kPerVec;
-    Vec16* slots = reinterpret_cast<Vec16*>(call.own_bytes(args.common.window.combine_slots)) +
-                   static_cast<uint64_t>(token) * shape.num_slots * row_vecs;
+    Vec16* slots = own_slots(args, call, token);
     Vec16* out = pointer<Vec16>(args.out) + static_cast<uint64_t>(token) * row_vecs;
     if (args.common.wait_stats != 0 && team.thread == 0 && part == 0) note_waits(call, home, slots, row_vecs);
 #pragma unroll 1

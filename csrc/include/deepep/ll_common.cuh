@@ -26,6 +26,11 @@ __device__ __forceinline__ uint32_t owner_of(const LlShape& shape, uint32_t expe
     return divide(expert, shape.local_experts_magic);
 }
 
+// The same of a choice, -1 if there is none.
+__device__ __forceinline__ int32_t rank_of(const LlShape& shape, int32_t expert) {
+    return expert < 0 ? -1 : static_cast<int32_t>(owner_of(shape, expert));
+}
+
 // Tell the host what is wrong: first what the status says of it behind its first word, then that something is.
 __device__ __forceinline__ void tell_host(const LlCommon& args, uint32_t problem, uint32_t index, uint32_t value) {
     uint64_t* status = pointer<uint64_t>(args.status);

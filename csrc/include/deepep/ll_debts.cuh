@@ -19,23 +19,24 @@ struct Headers {
         of[rank] = header;
         most_tokens[rank / kWarpSize] = __reduce_max_sync(kFullMask, tokens_of(header));
     }
+    __device__ bool is_due(const Item& debt) const { return debt.token < tokens_of(of[debt.source]); }
+    __device__ Weights weights(const LlCombineArgs& args, uint32_t source) const {
+        return weights_of(args, source, of[source]);
+    }
 };
 
 // What a team pushes: a row for every one of its numbers that is a token. This rank's own tokens may be left out.
 struct Debts {
     const LlCombineArgs& args;
-    const uint32_t* headers;
     const Sources sources;
     uint32_t count, step;
     __device__ Debts(const LlCombineArgs& arguments, const Team& team, const Headers& known)
-        : args(arguments), headers(known.of), sources(args.common.shape, args.keeps_own), step(team.global_count()) {
+        : args(arguments), sources(args.common.shape, args.keeps_own), step(team.global_count()) {
         uint32_t most_tokens = known.most_tokens[0];
         if constexpr (kWords > 1) most_tokens = max_of(most_tokens, known.most_tokens[kWords - 1]);
         count = most_tokens * sources.count;
     }
     __device__ Item operator[](uint32_t number) const { return Item(args.common.shape, sources, number); }
-    __device__ bool is_due(const Item& debt) const { return debt.token < tokens_of(headers[debt.source]); }
-    __device__ Weights weights(uint32_t source) const { return weights_of(args, source, headers[source]); }
 };
 
 // The choice of the team's first debt, whose source may turn out not to have that many tokens.
@@ -50,13 +51,26 @@ __device__ __forceinline__ ChoiceAt find_first(const LlCombineArgs& args, const 
     return find_choice(args, debt, team.thread);
 }
 
-// Slot `term` of a token at its home.
-__device__ __forceinline__ Vec16* home_slot(const LlCombineArgs& args, const LlCall& call, const Item& debt,
-                                            uint32_t term) {
+// Where slot `term` of a token is, in the first bank of its home's window.
+__device__ __forceinline__ uint64_t slot_offset(const LlCombineArgs& args, uint32_t token, uint32_t term) {
     const LlShape& shape = args.common.shape;
-    Vec16* slots =
-        reinterpret_cast<Vec16*>(call.transport.peer_ptr(debt.source, args.common.window.combine_slots + call.bank()));
-    return slots + (static_cast<uint64_t>(debt.token) * shape.num_slots + term) * (shape.hidden / Bf16::kPerVec);
+    const uint64_t row_bytes = shape.hidden / Bf16::kPerVec * sizeof(Vec16);
+    return args.common.window.combine_slots + (static_cast<uint64_t>(token) * shape.num_slots + term) * row_bytes;
 }
+__device__ __forceinline__ Vec16* home_slot(const LlCall& call, uint32_t home, uint64_t offset) {
+    return reinterpret_cast<Vec16*>(call.transport.peer_ptr(home, offset + call.bank()));
+}
+// The slots of a token of this rank's own.
+__device__ __forceinline__ Vec16* own_slots(const LlCombineArgs& args, const LlCall& call, uint32_t token) {
+    return reinterpret_cast<Vec16*>(call.own_bytes(slot_offset(args, token, 0)));
+}
+
+// A token whose home is owed a sum, and where that goes.
+struct Debt : Item {
+    uint64_t offset = 0;
+    Debt() = default;
+    __device__ Debt(const LlCombineArgs& args, const Item& item)
+        : Item(item), offset(slot_offset(args, token, args.common.shape.rank)) {}
+};
 
 }  // namespace deepep

@@ -99,7 +99,7 @@ __device__ __forceinline__ Choices load_choices(const LlDispatchArgs& args, uint
 __device__ __forceinline__ void find_owners(const LlShape& shape, Choices& choices) {
 #pragma unroll
     for (uint32_t i = 0; i < kWords; ++i) {
-        choices.owner[i] = choices.expert[i] < 0 ? -1 : static_cast<int32_t>(owner_of(shape, choices.expert[i]));
+        choices.owner[i] = rank_of(shape, choices.expert[i]);
     }
 }
 

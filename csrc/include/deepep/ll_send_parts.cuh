@@ -32,10 +32,10 @@ __device__ void list_terms(const Team& team, Weights from, Choice choice, Terms&
     if (k >= kMostChoices) return;
     if (from == Weights::kNone) choice.weight = 0;
     if (from == Weights::kOwn && choice.left_out < 0) choice.weight = kSkippedWeight;
-    terms.row[k] = choice.row;
+    terms.row[k] = choice.target;
     terms.weight[k] = __uint_as_float(choice.weight);
-    set_bits(team, choice.row >= 0, terms.owes);
-    set_bits(team, choice.row >= 0 && choice.weight != kSkippedWeight, terms.valid);
+    set_bits(team, choice.target >= 0, terms.owes);
+    set_bits(team, choice.target >= 0 && choice.weight != kSkippedWeight, terms.valid);
 }
 
 // By the first threads of a team: wait for a token's weights, which its home sends only now.
@@ -44,10 +44,7 @@ __device__ void await_weights(const LlCombineArgs& args, const LlCall& call, con
     const uint32_t k = team.thread;
     if (k >= kMostChoices) return;
     uint32_t weight = kSkippedWeight;
-    if (terms.owes[k / kWarpSize] >> (k % kWarpSize) & 1) {
-        const uint64_t* word = call.own_word(args.common.window.weights, item.slot * args.common.shape.num_topk + k);
-        if (!call.wait(item.source, word, weight, true)) weight = kSkippedWeight;
-    }
+    if (terms.owes[k / kWarpSize] >> (k % kWarpSize) & 1) weight = await_weight(args, call, item, k);
     terms.weight[k] = __uint_as_float(weight);
     set_bits(team, weight != kSkippedWeight, terms.valid);
 }
@@ -87,7 +84,7 @@ __device__ void push_copies(const LlCombineArgs& args, const LlCall& call, const
     for (Bits left = terms.bits(); left != 0;) {
         const uint32_t k = pop_bit(left);
         const Vec16* in = pointer<const Vec16>(args.x) + static_cast<uint64_t>(terms.row[k]) * row_vecs;
-        Vec16* out = home_slot(args, call, debt, k);
+        Vec16* out = home_slot(call, debt.source, slot_offset(args, debt.token, k));
         for (uint32_t vec = team.thread; warp_begins_before(vec, row_vecs); vec += team.threads) {
             Vec16 value = load_stream(in + min_of(vec, row_vecs - 1));
             if (args.use_logfmt) value = cast_logfmt(value);
@@ -102,7 +99,7 @@ __device__ void push_part(const LlCombineArgs& args, const LlCall& call, const T
                           bool awaits_weights, uint32_t part, uint32_t parts, Terms& terms) {
     const uint32_t row_vecs = args.common.shape.hidden / Bf16::kPerVec;
     const Bits owes = terms.owed();
-    Vec16* out = home_slot(args, call, debt, args.common.shape.rank);
+    Vec16* out = home_slot(call, debt.source, slot_offset(args, debt.token, args.common.shape.rank));
     for (uint32_t base = part * team.threads; base < row_vecs; base += parts * team.threads) {
         const Place<1> place(team.thread, team.threads, base, row_vecs);
         const Vec16 sum = sum_rows(args, terms, owes, place.vec[0], [&] {
@@ -116,19 +113,20 @@ __device__ void push_part(const LlCombineArgs& args, const LlCall& call, const T
 }
 
 // Push all rows in parts, or, per copy, as they are. `choice` is of the team's first debt.
-__device__ void send_parts(const LlCombineArgs& args, const LlCall& call, const Team& team, const Debts& debts,
+__device__ void send_parts(const LlCombineArgs& args, const LlCall& call, const Team& team, const Headers& headers,
                            Choice choice, Terms (&listed)[2]) {
+    const Debts debts(args, team, headers);
     const uint32_t parts = args.debt_parts;
     uint32_t turn = 0;
     bool is_first = true;
     for (uint32_t number = team.global_index(); number < debts.count * parts; number += debts.step, is_first = false) {
         const uint32_t row = divide(number, args.debt_parts_magic);
         const Item debt = debts[row];
-        if (!debts.is_due(debt)) continue;
+        if (!headers.is_due(debt)) continue;
         if (!is_first) choice = load_choice(args, debt, team.thread);
         Terms& terms = listed[turn];
         turn ^= 1;
-        const Weights from = debts.weights(debt.source);
+        const Weights from = headers.weights(args, debt.source);
         list_terms(team, from, choice, terms);
         team.sync();
         if (terms.owed() == 0) continue;

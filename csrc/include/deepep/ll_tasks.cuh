@@ -34,10 +34,10 @@ __device__ __forceinline__ uint32_t place_of(const Team& team, bool is_listed, u
 // the thread's choice.
 __device__ __forceinline__ uint32_t list_rows(const LlCombineArgs& args, const Team& team, const Choice& choice,
                                               Task& task) {
-    const uint32_t place = place_of(team, choice.row >= 0, task.num_rows);
-    if (choice.row < 0) return place;
+    const uint32_t place = place_of(team, choice.target >= 0, task.num_rows);
+    if (choice.target < 0) return place;
     const uint32_t row_vecs = args.common.shape.hidden / Bf16::kPerVec;
-    task.row[place] = pointer<const Vec16>(args.x) + static_cast<uint64_t>(choice.row) * row_vecs;
+    task.row[place] = pointer<const Vec16>(args.x) + static_cast<uint64_t>(choice.target) * row_vecs;
     task.weight[place] = choice.left_out < 0 ? kSkippedWeight : choice.weight;
     return place;
 }
@@ -47,11 +47,9 @@ __device__ __forceinline__ void list_owners(const LlCombineArgs& args, const LlC
                                             const HomeChoice& choice, int32_t (&owners)[kMostChoices], Task& task) {
     const LlShape& shape = args.common.shape;
     const uint32_t k = team.thread;
-    const int32_t owner = choice.expert < 0 ? -1 : static_cast<int32_t>(owner_of(shape, choice.expert));
-    owners[k] = owner;
+    const int32_t owner = owners[k] = rank_of(shape, choice.expert);
     sync_threads(kListBarriers + team.index, kMostChoices);
-    bool is_owed = owner >= 0 && !call.is_masked(owner);
-    for (uint32_t later = k + 1; is_owed && later < shape.num_topk; ++later) is_owed = owners[later] != owner;
+    const bool is_owed = is_last_of(owners, k, shape.num_topk) && !call.is_masked(owner);
     const uint32_t place = place_of(team, is_owed, task.num_owners);
     if (is_owed) task.owner[place] = owner;
     sync_threads(kListBarriers + team.index, kMostChoices);  // the next token's owners come to the same place
@@ -84,18 +82,6 @@ __device__ __forceinline__ void prepare_drawing(const LlCall& call) {
     }
 }
 
-// A token whose home is owed a sum, and where that goes.
-struct Debt : Item {
-    uint64_t slot_offset = 0;
-    __device__ Debt() { token = ~0u; }
-    __device__ Debt(const LlCombineArgs& args, const Item& item) : Item(item) {
-        const LlShape& shape = args.common.shape;
-        slot_offset = args.common.window.combine_slots +
-                      (static_cast<uint64_t>(token) * shape.num_slots + shape.rank) * shape.hidden * 2;
-    }
-    __device__ bool is_due(const uint32_t* headers) const { return token < tokens_of(headers[source]); }
-};
-
 // A team's first debt as far as it is known before the block begins.
 struct FirstDebt {
     Debt debt;
@@ -108,21 +94,15 @@ struct FirstDebt {
 __device__ __forceinline__ void start_sending(const LlCombineArgs& args, const LlCall& call, const Team& team,
                                               const Headers& headers, const Debt& debt, const Choice& choice,
                                               uint32_t place, Task& task) {
-    const Weights from = weights_of(args, debt.source, headers.of[debt.source]);
-    const bool awaits_weights = from == Weights::kSentNow;
+    const bool awaits_weights = headers.weights(args, debt.source) == Weights::kSentNow;
     if (team.thread == 0) {
         task.kind = Task::kSend;
         task.awaits_weights = awaits_weights;
-        task.out = reinterpret_cast<Vec16*>(call.transport.peer_ptr(debt.source, debt.slot_offset + call.bank()));
+        task.out = home_slot(call, debt.source, debt.offset);
     }
     team.sync();
     if (!awaits_weights) return;
-    if (choice.row >= 0) {
-        const uint64_t index = debt.slot * args.common.shape.num_topk + team.thread;
-        uint32_t weight = 0;
-        const bool is_told = call.wait(debt.source, call.own_word(args.common.window.weights, index), weight, true);
-        task.weight[place] = is_told ? weight : kSkippedWeight;
-    }
+    if (choice.target >= 0) task.weight[place] = await_weight(args, call, debt, team.thread);
     team.sync();
 }
 
@@ -137,14 +117,14 @@ __device__ void list_tasks(const LlCombineArgs& args, const LlCall& call, const 
     uint32_t turn = 0;
     if (is_sending) {
         // Of the first one nothing is worked out here that could be before.
-        if (first.debt.is_due(headers.of)) {
+        if (headers.is_due(first.debt)) {
             start_sending(args, call, team, headers, first.debt, first.choice, first.place, tasks[0]);
             turn = 1;
         }
         const Debts debts(args, team, headers);
         for (uint32_t number = team.global_index() + debts.step; number < debts.count; number += debts.step) {
             const Debt debt(args, debts[number]);
-            if (!debt.is_due(headers.of)) continue;
+            if (!headers.is_due(debt)) continue;
             const Choice choice = load_choice(args, debt, team.thread);
             const uint32_t place = list_rows(args, team, choice, tasks[turn]);
             start_sending(args, call, team, headers, debt, choice, place, tasks[turn]);
@@ -160,8 +140,7 @@ __device__ void list_tasks(const LlCombineArgs& args, const LlCall& call, const 
             task.kind = Task::kBringHome;
             task.part = item.part;
             task.out = pointer<Vec16>(args.out) + static_cast<uint64_t>(item.token) * row_vecs;
-            task.slots = reinterpret_cast<Vec16*>(call.own_bytes(args.common.window.combine_slots)) +
-                         static_cast<uint64_t>(item.token) * shape.num_slots * row_vecs;
+            task.slots = own_slots(args, call, item.token);
         }
         list_owners(args, call, team, choice, owners[team.index], task);
         list_rows(args, team, choice.own, task);
