@@ -20,6 +20,10 @@ _PTX = (
         "const auto& from = *%4; %0 = from.word[0], %1 = from.word[1], %2 = from.word[2], %3 = from.word[3];",
     ),
     (
+        r"st\.global\.cs\.v4\.u32 \[%0\], {%1, %2, %3, %4};",
+        "auto& to = *%0; to.word[0] = %1, to.word[1] = %2, to.word[2] = %3, to.word[3] = %4;",
+    ),
+    (
         r"{ \.reg \.b128 v; mov\.b128 v, {%1, %2}; st\.relaxed\.sys\.global\.b128 \[%0\], v; }",
         "const uint64_t halves[2] = {%1, %2}; emu::send(%0, halves, 16); emu::yield();",
     ),

@@ -228,7 +228,7 @@ struct LlCall {
     __device__ bool is_current(uint64_t seen) const { return static_cast<uint32_t>(seen >> 32) == epoch; }
 
     // Wait for a word of this epoch that `rank` writes. False if the rank is masked or did not arrive in time.
-    // A rank that others wait for waits no longer than half of the time itself (`is_early`).
+    // A rank that others wait for gives up early itself (`is_early`), see early_ns().
     __device__ bool wait(uint32_t rank, const uint64_t* word, uint32_t& value, bool is_early = false) const {
         constexpr uint32_t kSpinsPerCheck = 64;
         const uint64_t start = args.wait_stats != 0 ? global_timer_ns() : 0;
@@ -246,8 +246,12 @@ struct LlCall {
     }
 
     __device__ bool has_given_up(uint32_t rank, bool is_early = false) const {
-        return gives_up(args, shared, op, rank, shared.deadline - (is_early ? args.timeout_ns / 2 : 0));
+        return gives_up(args, shared, op, rank, shared.deadline - (is_early ? early_ns() : 0));
     }
+
+    // How much earlier. Of ranks that lose another one in dispatch, some may be that much ahead of others, which is less
+    // than what they have for each other in combine.
+    __device__ uint64_t early_ns() const { return op == kLlDispatch ? args.timeout_ns / 4 : args.timeout_ns / 2; }
 
     // Whether a rank is given up on, which is then masked and, unless ranks may leave, reported to the host. Every
     // later wait for it is over at once. Inlined, since around a call sums would not keep their registers.

@@ -145,7 +145,7 @@ __device__ __forceinline__ void store_vec(const LlDispatchArgs& args, const Rows
     const uint32_t group = vec / kLanesPerGroup;
     const bool is_ue8m0 = args.sf_format == kSfUe8m0;
     const uint32_t sf_at = is_ue8m0 ? group / 4 * stride + group % 4 : group * stride;
-    rows.for_each(0, 1, [&](uint32_t i) { reinterpret_cast<Vec16*>(rows.row[i])[vec] = value; });
+    rows.for_each(0, 1, [&](uint32_t i) { store_stream(reinterpret_cast<Vec16*>(rows.row[i]) + vec, value); });
     if (!kFp8) return;
     rows.for_each(lane_index() % kLanesPerGroup, kLanesPerGroup, [&](uint32_t i) {
         if (is_ue8m0) {

@@ -81,6 +81,13 @@ __device__ __forceinline__ Vec16 load_stream(const Vec16* address) {
     return v;
 }
 
+// Written once, and a lot of it: let it leave the L2 before what others have there.
+__device__ __forceinline__ void store_stream(Vec16* address, const Vec16& v) {
+    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.word[0]), "r"(v.word[1]),
+                 "r"(v.word[2]), "r"(v.word[3])
+                 : "memory");
+}
+
 // Some of the CTA's warps, by one of its 16 barriers; num_threads is a multiple of 32.
 __device__ __forceinline__ void sync_threads(uint32_t barrier, uint32_t num_threads) {
     __syncwarp();  // the barrier takes whole warps
