@@ -249,8 +249,8 @@ struct LlCall {
         return gives_up(args, shared, op, rank, shared.deadline - (is_early ? early_ns() : 0));
     }
 
-    // How much earlier. Of ranks that lose another one in dispatch, some may be that much ahead of others, which is less
-    // than what they have for each other in combine.
+    // How much earlier. Of ranks that lose another one in dispatch, some may be that much ahead of others, which is
+    // less than what they have for each other in combine.
     __device__ uint64_t early_ns() const { return op == kLlDispatch ? args.timeout_ns / 4 : args.timeout_ns / 2; }
 
     // Whether a rank is given up on, which is then masked and, unless ranks may leave, reported to the host. Every
