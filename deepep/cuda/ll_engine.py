@@ -130,11 +130,10 @@ class LowLatencyEngine:
         """Serve a padded dispatch request."""
         shape, x = self.shape, aligned(request.x)
         num_local, room = shape.num_local_experts, shape.num_ranks * shape.num_max_tokens
-        plan = self._plan_dispatch(x.shape[0], request.num_sms, request.sf_format, request.split_phases)
+        num_tokens = x.shape[0]
+        plan = self._plan_dispatch(num_tokens, request.num_sms, request.sf_format, request.split_phases, x.device)
         parts = plan.parts
-        routing = LlRouting.make(request, shape, parts)
-        state = routing.state
-        recv_x = x.new_empty(plan.recv_shape, dtype=plan.recv_dtype)
+        state, recv_x = torch.empty_like(plan.state), torch.empty_like(plan.recv_x)
         args, at = plan.args, state.data_ptr()
         args.x, args.recv_x = x.data_ptr(), recv_x.data_ptr()
         args.topk_idx, args.topk_weights = _pointer(request.topk_idx), _pointer(request.topk_weights)
@@ -142,9 +141,9 @@ class LowLatencyEngine:
         args.layout_range = at + 4 * parts.layout_range
         args.recv_sf = 0 if plan.sf is None else at + 4 * parts.recv_sf
         args.recv_stats = _pointer(request.cumulative_local_expert_recv_stats)
-        routing.address(plan.common)
+        parts.address(at, plan.common)
         plan.common.wait_stats = _pointer(request.wait_recv_cost_stats)
-        kernel, kept = self._dispatch_kernel.handle, (request, x, recv_x, routing)
+        kernel, kept = self._dispatch_kernel.handle, (request, x, recv_x, state)
         finish = self._start(kernel, plan.num_blocks, self._grids.table_bytes, args, request.split_phases, kept)
         # Views are made while the kernel runs.
         return DispatchResult(
@@ -154,7 +153,7 @@ class LowLatencyEngine:
             topk_weights=None,
             num_recv_tokens_per_expert=state.as_strided((num_local,), (1,), parts.recv_count),
             num_recv_tokens_per_expert_list=[],
-            routing=self._routing(request, routing),
+            routing=self._routing(request, LlRouting.of(request, state, parts, shape, num_tokens)),
             src_info=state.as_strided((num_local, room), (room, 1), parts.src_info),
             layout_range=state.view(torch.int64).as_strided(
                 (num_local, shape.num_ranks), (shape.num_ranks, 1), parts.layout_range // 2
@@ -167,16 +166,16 @@ class LowLatencyEngine:
         routing: LlRouting = request.routing.private
         is_per_copy, x = request.reduction is Reduction.PER_COPY, aligned(x)
         self._check_combine(request, routing, is_per_copy)
+        plan = self._plan_combine(routing.num_tokens, request.num_sms, is_per_copy, request.split_phases, x.device)
         out = request.out
         if out is None:
-            out = x.new_empty((routing.num_tokens, self.shape.hidden))
+            out = torch.empty_like(plan.out)
         epoch = torch.empty(1, dtype=torch.int32, device=x.device) if request.split_phases else None
-        plan = self._plan_combine(routing.num_tokens, request.num_sms, is_per_copy, request.split_phases)
         args = plan.args
         args.x, args.out, args.combine_epoch = x.data_ptr(), out.data_ptr(), _pointer(epoch)
         args.topk_idx, args.topk_weights = _pointer(request.scale_topk_idx), _pointer(request.scale_topk_weights)
         args.use_logfmt, args.has_sent_weights = request.use_logfmt, routing.sent is not None
-        routing.address(plan.common)
+        routing.parts.address(routing.state.data_ptr(), plan.common)
         plan.common.wait_stats = _pointer(request.wait_recv_cost_stats)
         kernel, kept = self._combine_kernel.handle, (request, x, out, epoch)
         finish = self._start(kernel, plan.num_blocks, 0, args, request.split_phases, kept)

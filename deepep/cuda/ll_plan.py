@@ -42,8 +42,8 @@ class DispatchPlan(NamedTuple):
         args: arguments of the first launch that lack only pointers. Launches copy them, so one struct serves all calls.
         common: those of them that combine has, too.
         parts: where the parts of the state are.
-        recv_shape: of the rows: L, R*M, H.
-        recv_dtype: of the rows.
+        state: what to allocate for it, see `_like`.
+        recv_x: the same for the rows, [L, R*M, H].
         sf: the scale factors, if there are any.
     """
 
@@ -51,8 +51,8 @@ class DispatchPlan(NamedTuple):
     args: LlDispatchArgs
     common: LlCommon
     parts: StateParts
-    recv_shape: tuple[int, int, int]
-    recv_dtype: torch.dtype
+    state: torch.Tensor
+    recv_x: torch.Tensor
     sf: SfView | None
 
     @classmethod
@@ -65,6 +65,7 @@ class DispatchPlan(NamedTuple):
         num_sms: int,
         sf_format: SfFormat | None,
         split_phases: bool,
+        device: torch.device,
     ) -> DispatchPlan:
         """Plan dispatches of T tokens; `common` are the arguments that all launches of an engine share."""
         num_local, room, hidden = shape.num_local_experts, shape.num_ranks * shape.num_max_tokens, shape.hidden
@@ -81,11 +82,12 @@ class DispatchPlan(NamedTuple):
         own = args.common
         own.team_threads, own.num_tokens, own.phases = grid.team, num_tokens, _first_phases(split_phases)
         parts = StateParts.divide(shape, num_tokens, num_sf)
-        recv_shape, dtype, sf = (num_local, room, hidden), torch.bfloat16, None
+        dtype, sf = torch.bfloat16, None
         if sf_format is not None:
             dtype = FP8_DTYPE
             sf = SfView(sf_format.dtype, (num_local, room, num_sf), (num_sf * room, 1, room), parts.recv_sf)
-        return cls(grid.num_blocks, args, own, parts, recv_shape, dtype, sf)
+        state, recv_x = _like((parts.end,), torch.int32, device), _like((num_local, room, hidden), dtype, device)
+        return cls(grid.num_blocks, args, own, parts, state, recv_x, sf)
 
 
 class CombinePlan(NamedTuple):
@@ -95,15 +97,24 @@ class CombinePlan(NamedTuple):
         num_blocks: of the launch.
         args: arguments of the first launch that lack pointers, and what is asked of the sums. As a dispatch's.
         common: those of them that dispatch has, too.
+        out: what to allocate for the result, [T, H]; see `_like`.
     """
 
     num_blocks: int
     args: LlCombineArgs
     common: LlCommon
+    out: torch.Tensor
 
     @classmethod
     def make(
-        cls, grids: Grids, common: LlCommon, num_tokens: int, num_sms: int, is_per_copy: bool, split_phases: bool
+        cls,
+        grids: Grids,
+        common: LlCommon,
+        num_tokens: int,
+        num_sms: int,
+        is_per_copy: bool,
+        split_phases: bool,
+        device: torch.device,
     ) -> CombinePlan:
         """Plan combines that bring T tokens home; `common` are the arguments that all launches of an engine share."""
         grid = grids.combine(num_tokens, num_sms, is_per_copy, split_phases)
@@ -119,7 +130,13 @@ class CombinePlan(NamedTuple):
         )
         own = args.common
         own.team_threads, own.num_tokens, own.phases = grid.team, num_tokens, _first_phases(split_phases)
-        return cls(grid.num_blocks, args, own)
+        out = _like((num_tokens, own.shape.hidden), torch.bfloat16, device)
+        return cls(grid.num_blocks, args, own, out)
+
+
+def _like(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Give `torch.empty_like` what it takes a size from: quicker than from numbers. One element, shown everywhere."""
+    return torch.empty(1, dtype=dtype, device=device).expand(shape)
 
 
 def _first_phases(split_phases: bool) -> int:

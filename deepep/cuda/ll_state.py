@@ -41,6 +41,14 @@ class StateParts(NamedTuple):
             places.append(places[-1] + align(size, _STATE_ALIGNMENT))
         return cls(*places)
 
+    def address(self, at: int, common: LlCommon) -> None:
+        """Point the kernels' arguments to the parts of a block that begins at this address."""
+        common.call_epoch = at
+        common.sources = at + 4 * _STATE_ALIGNMENT
+        common.home_topk = at + 4 * self.home_topk
+        common.routes = at + 4 * self.routes
+        common.route_weights = at + 4 * self.route_weights
+
 
 @quickly_made
 @dataclass(frozen=True)
@@ -63,23 +71,15 @@ class LlRouting:
     num_tokens: int
     sent: tuple[tuple[int, int], tuple[int, int]] | None
 
-    def address(self, common: LlCommon) -> None:
-        """Point the kernels' arguments to the parts of `state`."""
-        parts = self.parts
-        common.call_epoch = at = self.state.data_ptr()
-        common.sources = at + 4 * _STATE_ALIGNMENT
-        common.home_topk = at + 4 * parts.home_topk
-        common.routes = at + 4 * parts.routes
-        common.route_weights = at + 4 * parts.route_weights
-
     @classmethod
-    def make(cls, request: DispatchRequest, shape: Shape, parts: StateParts) -> LlRouting:
-        """Allocate for one dispatch."""
-        state = request.x.new_empty(parts.end, dtype=torch.int32)
+    def of(
+        cls, request: DispatchRequest, state: torch.Tensor, parts: StateParts, shape: Shape, num_tokens: int
+    ) -> LlRouting:
+        """Put together what one dispatch leaves."""
         sent = None
         if request.topk_weights is not None and request.topk_idx is not None:
             sent = (identity(request.topk_idx), identity(request.topk_weights))
-        return cls(state, parts, shape, request.x.shape[0], sent)
+        return cls(state, parts, shape, num_tokens, sent)
 
 
 def identity(tensor: torch.Tensor) -> tuple[int, int]:
