@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -136,7 +137,13 @@ class CombinePlan(NamedTuple):
 
 def _like(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Give `torch.empty_like` what it takes a size from: quicker than from numbers. One element, shown everywhere."""
-    return torch.empty(1, dtype=dtype, device=device).expand(shape)
+    return _element(dtype, device).expand(shape)
+
+
+@functools.cache
+def _element(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Give the same one to all plans: made inside a graph capture, it would hold on to that graph's memory."""
+    return torch.empty(1, dtype=dtype, device=device)
 
 
 def _first_phases(split_phases: bool) -> int:
