@@ -41,7 +41,7 @@ __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table, u
         }
         send<kFp8>(args, call, range, held, choices, table, counts, from, [&] {
             taker.start_first(args, call);
-            taker.load(args);
+            taker.load();
         });
     } else {
         call.prepare(call.find_places(credits, common.call_epoch));

@@ -31,7 +31,9 @@ struct Arrival {
     uint32_t sf[kPartsAtOnce];
     uint32_t missing;  // bit per vector, then per scale factor, then for the choice
     uint32_t first;    // vector of the row
-    uint8_t* slot;
+    Vec16* part_at[kPartsAtOnce];
+    uint32_t* sf_at[kPartsAtOnce];
+    const Vec16* choice_at;
 
     Arrival() = default;
     // The part from vector `base` of all teams on.
@@ -39,36 +41,40 @@ struct Arrival {
                        const Item& item, uint32_t base)
         : first(base + share.thread) {
         const LlShape& shape = args.common.shape;
-        slot = pointer<uint8_t>(args.common.own_base + slot_of(shape, args.common.window, item.slot) + call.bank());
+        uint8_t* slot =
+            pointer<uint8_t>(args.common.own_base + slot_of(shape, args.common.window, item.slot) + call.bank());
+        choice_at = reinterpret_cast<const Vec16*>(slot + shape.choice_offset) + team.thread;
+        settle(choice_at);
         missing = base == 0 && team.thread < shape.num_topk ? 1u << kChoiceBit : 0;
 #pragma unroll
         for (uint32_t i = 0; i < kPartsAtOnce; ++i) {
-            if (first + i * share.threads >= vecs_of<kFp8>(shape)) continue;
+            const uint32_t vec = first + i * share.threads;
+            part_at[i] = reinterpret_cast<Vec16*>(slot) + vec;
+            settle(part_at[i]);
+            if (kFp8) {
+                sf_at[i] = reinterpret_cast<uint32_t*>(slot + shape.hidden) + vec / kLanesPerGroup;
+                settle(sf_at[i]);
+            }
+            if (vec >= vecs_of<kFp8>(shape)) continue;
             missing |= 1u << i;
             if (kFp8) missing |= 1u << (kPartsAtOnce + i);
         }
     }
 
-    __device__ __forceinline__ Vec16* part_at(const Share& share, uint32_t i) const {
-        return reinterpret_cast<Vec16*>(slot) + (first + i * share.threads);
-    }
-    __device__ __forceinline__ uint32_t* sf_at(const LlShape& shape, const Share& share, uint32_t i) const {
-        return reinterpret_cast<uint32_t*>(slot + shape.hidden) + (first + i * share.threads) / kLanesPerGroup;
-    }
     __device__ __forceinline__ bool misses(uint32_t bit) const { return (missing >> bit & 1) != 0; }
 
     // Load what is missing, all of it in one trip.
-    __device__ __forceinline__ void load(const LlShape& shape, const Team& team, const Share& share) {
+    __device__ __forceinline__ void load() {
 #pragma unroll
         for (uint32_t i = 0; i < kPartsAtOnce; ++i) {
-            if (misses(i)) part[i] = load_b128(part_at(share, i));
+            if (misses(i)) part[i] = load_b128(part_at[i]);
         }
 #pragma unroll
         for (uint32_t i = 0; kFp8 && i < kPartsAtOnce; ++i) {
-            if (misses(kPartsAtOnce + i)) sf[i] = load_relaxed_sys(sf_at(shape, share, i));
+            if (misses(kPartsAtOnce + i)) sf[i] = load_relaxed_sys(sf_at[i]);
         }
         if (misses(kChoiceBit)) {
-            choice = load_b128(reinterpret_cast<const Vec16*>(slot + shape.choice_offset) + team.thread);
+            choice = load_b128(choice_at);
         }
     }
 
@@ -92,8 +98,8 @@ struct Arrival {
             const uint32_t vec = first + i * share.threads;
             if (vec >= vecs_of<kFp8>(shape)) continue;
             store_vec<kFp8>(args, rows, vec, from_wire(part[i]), from_wire(sf[i]));
-            *part_at(share, i) = {};
-            if (has_sf<kFp8>()) *sf_at(shape, share, i) = 0;
+            *global(part_at[i]) = {};
+            if (has_sf<kFp8>()) *global(sf_at[i]) = 0;
         }
     }
 };
@@ -109,11 +115,14 @@ __device__ void await_token(const LlDispatchArgs& args, const LlCall& call, cons
     const LlCommon& common = args.common;
     const uint64_t* header = call.own_word(common.window.headers, item.source);
     const uint64_t* absent = call.own_word(common.window.absent, item.slot);
+    settle(header);
+    settle(absent);
     const uint64_t start = common.wait_stats != 0 ? global_timer_ns() : 0;
     const uint32_t index = threadIdx.x;
     if (is_loaded) arrival.look(call.epoch);
     const bool has_word = table != nullptr && index < Announced::count(common.shape);
-    const Announced announced(args, call, has_word ? index : 0);
+    Announced announced(args, call, has_word ? index : 0);
+    settle(announced.word);
     bool waits_for_word = has_word, waits_for_token = arrival.missing != 0 && !call.is_masked(item.source);
     uint32_t value = 0;
     if (has_word && call.is_masked(announced.rank)) waits_for_word = false;
@@ -123,7 +132,7 @@ __device__ void await_token(const LlDispatchArgs& args, const LlCall& call, cons
         if (waits_for_token) {
             seen_header = load_relaxed_sys(header);
             seen_absent = load_relaxed_sys(absent);
-            arrival.load(common.shape, team, share);
+            arrival.load();
             arrival.look(call.epoch);
             waits_for_token = arrival.missing != 0;
             if (waits_for_token) {

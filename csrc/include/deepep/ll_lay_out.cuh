@@ -149,9 +149,9 @@ __device__ __forceinline__ void store_vec(const LlDispatchArgs& args, const Rows
     if (!kFp8) return;
     rows.for_each(lane_index() % kLanesPerGroup, kLanesPerGroup, [&](uint32_t i) {
         if (is_ue8m0) {
-            rows.sf[i][sf_at] = static_cast<uint8_t>(sf);
+            global(rows.sf[i])[sf_at] = static_cast<uint8_t>(sf);
         } else {
-            *reinterpret_cast<uint32_t*>(rows.sf[i] + sf_at) = sf;
+            *reinterpret_cast<uint32_t*>(global(rows.sf[i]) + sf_at) = sf;
         }
     });
 }

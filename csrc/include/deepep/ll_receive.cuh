@@ -30,7 +30,7 @@ struct Taker {
         start(args, call);
         if (Share::row_of(args, number) >= args.common.shape.num_max_tokens * sources.count) arrival.missing = 0;
     }
-    __device__ void load(const LlDispatchArgs& args) { arrival.load(args.common.shape, team, share); }
+    __device__ void load() { arrival.load(); }
 };
 
 // Each team's first token is waited for beside the counts or, where these are known, was started and loaded before.

@@ -115,10 +115,17 @@ __device__ __forceinline__ void await_previous_kernel() {
 #endif
 }
 
-// Have an address by now, rather than when it is first used.
+// Have an address by now, rather than when it is first used or, in loops that wait, each time.
 template <typename T>
 __device__ __forceinline__ void settle(T*& address) {
     asm volatile("" : "+l"(address));
+}
+
+// An address in global memory, which saves every access the question.
+template <typename T>
+__device__ __forceinline__ T* global(T* address) {
+    __builtin_assume(__isGlobal(address));
+    return address;
 }
 
 // What is at an address in global memory, or `otherwise` if it is null.
