@@ -80,8 +80,7 @@ class DispatchPlan(NamedTuple):
             send_parts=grid.send_parts,
             recv_parts=grid.recv_parts,
         )
-        own = args.common
-        own.team_threads, own.num_tokens, own.phases = grid.team, num_tokens, _first_phases(split_phases)
+        own = _of_first_launch(args.common, grid.team, num_tokens, split_phases)
         parts = StateParts.divide(shape, num_tokens, num_sf)
         dtype, sf = torch.bfloat16, None
         if sf_format is not None:
@@ -129,8 +128,7 @@ class CombinePlan(NamedTuple):
             debt_parts_magic=magic(grid.debt_parts),
             home_parts_magic=magic(grid.home_parts),
         )
-        own = args.common
-        own.team_threads, own.num_tokens, own.phases = grid.team, num_tokens, _first_phases(split_phases)
+        own = _of_first_launch(args.common, grid.team, num_tokens, split_phases)
         out = _like((num_tokens, own.shape.hidden), torch.bfloat16, device)
         return cls(grid.num_blocks, args, own, out)
 
@@ -146,5 +144,8 @@ def _element(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.empty(1, dtype=dtype, device=device)
 
 
-def _first_phases(split_phases: bool) -> int:
-    return SEND if split_phases else SEND | RECV
+def _of_first_launch(common: LlCommon, team: int, num_tokens: int, split_phases: bool) -> LlCommon:
+    """Fill in what a plan knows beyond what all launches of an engine share, and give it back."""
+    common.team_threads, common.num_tokens = team, num_tokens
+    common.phases = SEND if split_phases else SEND | RECV
+    return common
