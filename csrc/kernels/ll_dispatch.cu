@@ -22,15 +22,19 @@ __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table, u
     if (is_sending) {
         const uint32_t num_earlier = range.part == 0 ? range.begin : 0;
         const uint32_t num_scanned = (range.is_publisher ? common.num_tokens : num_earlier) * common.shape.num_topk;
-        const Scan scan = load_scan(args, 0, num_scanned);
-        Held held;
-        Choices choices;
-        if (has_tokens) {
-            choices = load_choices(args, range.begin);
-            held = load_unit<kFp8>(args, range.begin, range.first_unit);
-        }
-        clear(args, table);  // while the loads are on their way
-        call.prepare(call.find_places(credits, common.call_epoch));
+        ScanAt scan_at = find_scan(args, 0, num_scanned);
+        ChoicesAt choices_at = find_choices(args, range.begin, range.end);
+        HeldAt held_at = find_unit<kFp8>(args, range.begin, has_tokens ? range.first_unit : Range::kNone);
+        const LlCall::Places places = call.find_places(credits, common.call_epoch);
+        scan_at.settle();
+        choices_at.settle();
+        held_at.settle();
+        clear(args, table);
+        await_previous_kernel();  // nothing was read before but the arguments
+        const Scan scan = scan_at.load(args);
+        Choices choices = choices_at.load(args);
+        const Held held = held_at.load();
+        call.prepare(places);
         count_experts(args, scan, num_scanned, table);
         find_owners(common.shape, choices);
         call.begin(common.call_epoch);
@@ -44,6 +48,7 @@ __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table, u
             taker.load();
         });
     } else {
+        await_previous_kernel();
         call.prepare(call.find_places(credits, common.call_epoch));
         call.begin(common.call_epoch);
     }
@@ -59,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(deepep::kLlThreads, deepep::kLlBloc
     using namespace deepep;
     extern __shared__ uint32_t tables[];  // [2, E]: of what is sent, and of what comes
     __shared__ LlShared shared;
-    await_previous_kernel();
+    touch(args);
     LlCall call(args.common, kLlDispatch, shared);
     if (args.sf_format == kSfNone) {
         run<false>(args, call, tables, tables + args.common.shape.num_experts);

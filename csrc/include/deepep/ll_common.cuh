@@ -42,6 +42,19 @@ __device__ __forceinline__ uint64_t ll_word(uint32_t epoch, uint32_t value) {
     return static_cast<uint64_t>(epoch) << 32 | value;
 }
 
+// Bring a kernel's arguments close, all of them in one trip rather than each line when it is first needed.
+template <typename Args>
+__device__ __forceinline__ void touch(const Args& args) {
+    constexpr uint32_t kLineBytes = 64;
+    __shared__ uint32_t sink;
+    uint32_t seen = 0;
+#pragma unroll
+    for (uint32_t i = 0; i < sizeof(Args); i += kLineBytes) {
+        seen |= reinterpret_cast<const uint32_t*>(&args)[i / sizeof(uint32_t)];
+    }
+    *(volatile uint32_t*)&sink = seen;
+}
+
 // What every thread of a block wants to know at once; read in one go when the block starts, then kept in shared memory.
 struct LlShared {
     uint64_t peers[kMostChoices];
@@ -100,7 +113,7 @@ struct LlCall {
         if (threadIdx.x == kFirstLooker) shared.deadline = global_timer_ns() + args.timeout_ns;
         const uint32_t rank = looks_at();
         if (rank >= args.shape.num_ranks) return;
-        const bool is_sending = (args.phases & kLlSend) != 0, is_publisher = is_sending && is_last_block();
+        const bool is_sending = (args.phases & kLlSend) != 0, is_publisher = is_sending && is_first_block();
         const uint64_t* word = at.credit;
         const uint64_t peer = load_relaxed_gpu(at.peer);
         // In this order: a launch beside this one that gives up sets the mask first.
@@ -146,15 +159,16 @@ struct LlCall {
         if (args.phases & kLlSend) {
             const uint32_t share = kLlStart / gridDim.x;
             atomicAdd(reinterpret_cast<unsigned long long*>(&state->starts[op]),
-                      static_cast<unsigned long long>(is_last_block() ? kLlStart - share * (gridDim.x - 1) : share));
+                      static_cast<unsigned long long>(is_first_block() ? kLlStart - share * (gridDim.x - 1) : share));
             if (args.phases == kLlSend && blockIdx.x == 0) *pointer<uint32_t>(call_epoch) = epoch;
-            if (args.phases & kLlRecv && is_last_block()) announce_readers();
+            if (args.phases & kLlRecv && is_first_block()) announce_readers();
         } else if (blockIdx.x == 0) {
             announce_readers();
         }
     }
 
-    __device__ bool is_last_block() const { return blockIdx.x == gridDim.x - 1; }
+    __device__ static bool is_first_block() { return blockIdx.x == 0; }
+    __device__ static bool is_last_block() { return blockIdx.x == gridDim.x - 1; }
 
     // The next one, or that of the call whose second phase this is; of no use to an operation without phases.
     __device__ uint32_t load_epoch(uint64_t call_epoch) const {

@@ -9,9 +9,9 @@ namespace deepep {
 
 constexpr uint32_t kScansAtOnce = 2;  // choices a thread holds before it counts them
 
-// Choice `at` of this rank's tokens; -1 is none.
-__device__ __forceinline__ int32_t load_expert(const LlDispatchArgs& args, uint64_t at) {
-    const int64_t expert = pointer<const int64_t>(args.topk_idx)[at];
+// A choice of this rank's tokens; -1 is none.
+__device__ __forceinline__ int32_t load_expert(const LlDispatchArgs& args, const int64_t* at) {
+    const int64_t expert = load_if(at, int64_t{-1});
     if constexpr (kChecksIndices) {
         if (expert < -1 || expert >= args.common.shape.num_experts) {
             tell_host(args.common, kLlBadIndex, args.common.shape.num_ranks, static_cast<uint32_t>(expert));
@@ -25,13 +25,28 @@ struct Scan {
     int32_t expert[kScansAtOnce];
 };
 
+// Where it is; null if there is none.
+struct ScanAt {
+    const int64_t* expert[kScansAtOnce];
+    __device__ __forceinline__ void settle() {
+#pragma unroll
+        for (uint32_t i = 0; i < kScansAtOnce; ++i) deepep::settle(expert[i]);
+    }
+    __device__ __forceinline__ Scan load(const LlDispatchArgs& args) const {
+        Scan scan;
+#pragma unroll
+        for (uint32_t i = 0; i < kScansAtOnce; ++i) scan.expert[i] = load_expert(args, expert[i]);
+        return scan;
+    }
+};
+
 // Choices [first, ..) of this rank's tokens, of which there are `end` to look at.
-__device__ __forceinline__ Scan load_scan(const LlDispatchArgs& args, uint32_t first, uint32_t end) {
-    Scan scan;
+__device__ __forceinline__ ScanAt find_scan(const LlDispatchArgs& args, uint32_t first, uint32_t end) {
+    ScanAt scan;
 #pragma unroll
     for (uint32_t i = 0; i < kScansAtOnce; ++i) {
         const uint32_t at = first + i * kLlThreads + threadIdx.x;
-        scan.expert[i] = at < end ? load_expert(args, at) : -1;
+        scan.expert[i] = at < end ? pointer<const int64_t>(args.topk_idx) + at : nullptr;
     }
     return scan;
 }
@@ -40,7 +55,7 @@ __device__ __forceinline__ Scan load_scan(const LlDispatchArgs& args, uint32_t f
 __device__ void count_experts(const LlDispatchArgs& args, Scan scan, uint32_t end, uint32_t* table) {
 #pragma unroll 1
     for (uint32_t first = 0; first < end; first += kScansAtOnce * kLlThreads) {
-        if (first != 0) scan = load_scan(args, first, end);
+        if (first != 0) scan = find_scan(args, first, end).load(args);
 #pragma unroll
         for (uint32_t i = 0; i < kScansAtOnce; ++i) {
             if (scan.expert[i] >= 0) atomicAdd(&table[scan.expert[i]], 1);
@@ -81,18 +96,38 @@ struct Choices {
     }
 };
 
-__device__ __forceinline__ Choices load_choices(const LlDispatchArgs& args, uint32_t token) {
+// Where they are; null if there are none.
+struct ChoicesAt {
+    const int64_t* expert[kWords];
+    const float* weight[kWords];
+    __device__ __forceinline__ void settle() {
+#pragma unroll
+        for (uint32_t i = 0; i < kWords; ++i) deepep::settle(expert[i]), deepep::settle(weight[i]);
+    }
+    __device__ __forceinline__ Choices load(const LlDispatchArgs& args) const {
+        Choices choices;
+#pragma unroll
+        for (uint32_t i = 0; i < kWords; ++i) {
+            choices.expert[i] = load_expert(args, expert[i]);
+            choices.weight[i] = load_if(weight[i], 0.0f);
+        }
+        return choices;
+    }
+};
+
+__device__ __forceinline__ ChoicesAt find_choices(const LlDispatchArgs& args, uint32_t token, uint32_t end) {
     const LlShape& shape = args.common.shape;
     const uint64_t first = static_cast<uint64_t>(token) * shape.num_topk;
-    Choices choices;
+    ChoicesAt at;
 #pragma unroll
     for (uint32_t i = 0; i < kWords; ++i) {
         const uint32_t k = lane_index() + i * kWarpSize;
-        if (k >= shape.num_topk) continue;
-        choices.expert[i] = load_expert(args, first + k);
-        if (args.topk_weights != 0) choices.weight[i] = pointer<const float>(args.topk_weights)[first + k];
+        const bool is_choice = token < end && k < shape.num_topk;
+        at.expert[i] = is_choice ? pointer<const int64_t>(args.topk_idx) + first + k : nullptr;
+        at.weight[i] =
+            is_choice && args.topk_weights != 0 ? pointer<const float>(args.topk_weights) + first + k : nullptr;
     }
-    return choices;
+    return at;
 }
 
 // Apart from the loads, which others follow.
@@ -154,19 +189,20 @@ __device__ __forceinline__ LlChoice choice_for(const LlShape& shape, int32_t ran
 }
 
 // Tokens [begin, end) that a block sends, and a thread's first part of a row: where there are few tokens, several
-// blocks share a row. The last block publishes counts instead, where there are several.
+// blocks share a row. The first block publishes counts instead, where there are several: none starts sooner.
 struct Range {
     static constexpr uint32_t kNone = 1u << 24;  // more than any row has
     uint32_t begin, end, part, first_unit;
     bool is_publisher;
-    __device__ explicit Range(const LlDispatchArgs& args) : is_publisher(blockIdx.x == gridDim.x - 1) {
+    __device__ explicit Range(const LlDispatchArgs& args) : is_publisher(LlCall::is_first_block()) {
         const uint32_t num_tokens = args.common.num_tokens, num_senders = max_of(gridDim.x - 1, 1u);
-        const uint32_t log2_parts = Team::log2_of(args.send_parts), index = blockIdx.x >> log2_parts;
+        const uint32_t sender = gridDim.x == 1 ? 0 : blockIdx.x - 1;
+        const uint32_t log2_parts = Team::log2_of(args.send_parts), index = sender >> log2_parts;
         const uint32_t num_threads = kLlThreads >> log2_parts;
-        part = blockIdx.x & (args.send_parts - 1);
+        part = sender & (args.send_parts - 1);
         first_unit = threadIdx.x < num_threads ? part * num_threads + threadIdx.x : kNone;
         begin = min_of(index * args.tokens_per_block, num_tokens);
-        end = blockIdx.x < num_senders ? min_of(begin + args.tokens_per_block, num_tokens) : begin;
+        end = sender < num_senders ? min_of(begin + args.tokens_per_block, num_tokens) : begin;
     }
 };
 
@@ -252,8 +288,8 @@ __device__ void send(const LlDispatchArgs& args, const LlCall& call, const Range
         if (is_addressing) positions = push_choices(args, call, item, mine, ranks, table);
         cast_unit(args, held, out);
         if (token + 1 < range.end) {
-            choices = load_choices(args, token + 1);
-            held = load_unit<kFp8>(args, token + 1, range.first_unit);
+            choices = find_choices(args, token + 1, range.end).load(args);
+            held = find_unit<kFp8>(args, token + 1, range.first_unit).load();
         }
         push_row<kFp8>(args, call, item, range.first_unit, out, ranks);
         if (!args.keeps_own) continue;

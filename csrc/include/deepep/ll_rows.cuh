@@ -32,17 +32,26 @@ __device__ uint32_t held_index(uint32_t unit, uint32_t i) {
     return kFp8 ? 2 * unit + i : unit + i * kLlThreads;
 }
 
+// Where it is; null if there is none.
+struct HeldAt {
+    const Vec16* v[2];
+    __device__ __forceinline__ void settle() { deepep::settle(v[0]), deepep::settle(v[1]); }
+    __device__ __forceinline__ Held load() const {
+        return {{v[0] != nullptr ? load_stream(v[0]) : Vec16{}, v[1] != nullptr ? load_stream(v[1]) : Vec16{}}};
+    }
+};
+
 template <bool kFp8>
-__device__ __forceinline__ Held load_unit(const LlDispatchArgs& args, uint32_t token, uint32_t unit) {
+__device__ __forceinline__ HeldAt find_unit(const LlDispatchArgs& args, uint32_t token, uint32_t unit) {
     const uint32_t num_vecs = args.common.shape.hidden / Bf16::kPerVec;
     const Vec16* row = pointer<const Vec16>(args.x) + static_cast<uint64_t>(token) * num_vecs;
-    Held held;
+    HeldAt at;
 #pragma unroll
     for (uint32_t i = 0; i < 2; ++i) {
         const uint32_t index = held_index<kFp8>(unit, i);
-        held.v[i] = index < num_vecs ? load_stream(row + index) : Vec16{};
+        at.v[i] = index < num_vecs ? row + index : nullptr;
     }
-    return held;
+    return at;
 }
 
 // The largest magnitude of 16 finite channels, two at a time.
@@ -96,7 +105,7 @@ __device__ __forceinline__ void for_each_vec(const LlDispatchArgs& args, uint32_
     const uint32_t num_vecs = vecs_of<kFp8>(args.common.shape);
 #pragma unroll 1
     for (uint32_t unit = first_unit; warp_begins_before(unit, num_vecs); unit += kParts * kLlThreads) {
-        if (unit != first_unit) cast_unit(args, load_unit<kFp8>(args, token, unit), out);
+        if (unit != first_unit) cast_unit(args, find_unit<kFp8>(args, token, unit).load(), out);
 #pragma unroll
         for (uint32_t part = 0; part < kParts; ++part) {
             const uint32_t vec = unit + part * kLlThreads;

@@ -77,7 +77,7 @@ __device__ uint32_t draw(const LlCall& call, const Team& team) {
 
 // Make ready what the launch after next draws from: none draws from it, since this one has begun.
 __device__ __forceinline__ void prepare_drawing(const LlCall& call) {
-    if (threadIdx.x == kCountingThread && call.is_last_block()) {
+    if (threadIdx.x == kCountingThread && call.is_first_block()) {
         call.state->num_drawn[(call.epoch + kLlBanks) % kLlDrawings] = 0;
     }
 }
