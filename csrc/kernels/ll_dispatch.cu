@@ -64,7 +64,6 @@ extern "C" __global__ void __launch_bounds__(deepep::kLlThreads, deepep::kLlBloc
     using namespace deepep;
     extern __shared__ uint32_t tables[];  // [2, E]: of what is sent, and of what comes
     __shared__ LlShared shared;
-    touch(args);
     LlCall call(args.common, kLlDispatch, shared);
     if (args.sf_format == kSfNone) {
         run<false>(args, call, tables, tables + args.common.shape.num_experts);

@@ -42,19 +42,6 @@ __device__ __forceinline__ uint64_t ll_word(uint32_t epoch, uint32_t value) {
     return static_cast<uint64_t>(epoch) << 32 | value;
 }
 
-// Bring a kernel's arguments close, all of them in one trip rather than each line when it is first needed.
-template <typename Args>
-__device__ __forceinline__ void touch(const Args& args) {
-    constexpr uint32_t kLineBytes = 64;
-    __shared__ uint32_t sink;
-    uint32_t seen = 0;
-#pragma unroll
-    for (uint32_t i = 0; i < sizeof(Args); i += kLineBytes) {
-        seen |= reinterpret_cast<const uint32_t*>(&args)[i / sizeof(uint32_t)];
-    }
-    *(volatile uint32_t*)&sink = seen;
-}
-
 // What every thread of a block wants to know at once; read in one go when the block starts, then kept in shared memory.
 struct LlShared {
     uint64_t peers[kMostChoices];
