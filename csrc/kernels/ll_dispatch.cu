@@ -52,8 +52,12 @@ __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table, u
         call.prepare(call.find_places(credits, common.call_epoch));
         call.begin(common.call_epoch);
     }
-    if (is_receiving) receive<kFp8>(args, call, taker, counts, from, args.keeps_own && has_tokens);
-    call.end();
+    if (!is_receiving) return call.end();
+    receive<kFp8>(args, call, taker, counts, from, args.keeps_own && has_tokens);
+    if (common.wait_stats != 0) {
+        __syncthreads();
+        call.note_waits();
+    }
 }
 
 }  // namespace

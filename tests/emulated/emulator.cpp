@@ -148,14 +148,18 @@ void fail(const char* message) {
     while (true) yield();
 }
 
+// Whether all have arrived.
+bool arrive(Meeting& meeting, uint32_t num_threads) {
+    if (++meeting.arrived < num_threads) return false;
+    meeting.arrived = 0;
+    meeting.any[(meeting.generation + 1) % 2] = 0;
+    meeting.generation += 1;
+    return true;
+}
+
 void meet(Meeting& meeting, uint32_t num_threads) {
     const uint32_t generation = meeting.generation;
-    if (++meeting.arrived == num_threads) {
-        meeting.arrived = 0;
-        meeting.any[(generation + 1) % 2] = 0;
-        meeting.generation += 1;
-        return;
-    }
+    if (arrive(meeting, num_threads)) return;
     current->waits_for = &meeting.generation, current->last = generation;
     yield();
 }
@@ -177,6 +181,8 @@ bool barrier(uint32_t number, uint32_t num_threads, bool is_so) {
     meet(meeting, num_threads);
     return meeting.any[which] != 0;
 }
+
+void arrive(uint32_t number, uint32_t num_threads) { arrive(current->block->barriers[number], num_threads); }
 
 void* shared_bytes(int number, size_t size) {
     void*& memory = current->block->shared[{number, size}];

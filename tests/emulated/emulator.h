@@ -82,6 +82,7 @@ struct Index {
 // A warp's threads hand each other a value; all have to come to the same place.
 const uint64_t* exchange(uint64_t value, int place);
 bool barrier(uint32_t number, uint32_t num_threads, bool is_so = false);
+void arrive(uint32_t number, uint32_t num_threads);
 
 template <typename T>
 T load(const T* address) {

@@ -90,7 +90,17 @@ struct Arrival {
         missing = left;
     }
 
-    // All being there: store the thread's part, and leave zeros where it came from.
+    // All being there: leave zeros where the thread's part came from.
+    __device__ __forceinline__ void leave_zeros(const LlDispatchArgs& args, const Share& share) const {
+#pragma unroll
+        for (uint32_t i = 0; i < kPartsAtOnce; ++i) {
+            if (first + i * share.threads >= vecs_of<kFp8>(args.common.shape)) continue;
+            *global(part_at[i]) = {};
+            if (has_sf<kFp8>()) *global(sf_at[i]) = 0;
+        }
+    }
+
+    // And store it.
     __device__ __forceinline__ void store(const LlDispatchArgs& args, const Share& share, const Rows& rows) const {
         const LlShape& shape = args.common.shape;
 #pragma unroll
@@ -98,8 +108,6 @@ struct Arrival {
             const uint32_t vec = first + i * share.threads;
             if (vec >= vecs_of<kFp8>(shape)) continue;
             store_vec<kFp8>(args, rows, vec, from_wire(part[i]), from_wire(sf[i]));
-            *global(part_at[i]) = {};
-            if (has_sf<kFp8>()) *global(sf_at[i]) = 0;
         }
     }
 };
@@ -152,18 +160,36 @@ __device__ void await_token(const LlDispatchArgs& args, const LlCall& call, cons
     if (has_word) announced.keep(index, value, table, *from);
 }
 
-// By a team: lay out its share of a token whose first part was waited for; it counts only if all of it came.
+// By a team that has all it takes in, and left zeros. Its last warp counts it, which has the least of a row to store.
+__device__ __forceinline__ void end_taking(const LlCall& call, const Team& team, Arrivals& from) {
+    if (team.thread < team.threads - kWarpSize) return arrive_threads(kEndBarriers + team.index, team.threads);
+    sync_threads(kEndBarriers + team.index, team.threads);
+    if (lane_index() != 0) return;
+    // Of the block nothing waits for another rank, once all teams are here.
+    if (atomicAdd(&from.num_done, 1) == team.per_block() - 1) let_next_kernel_start();
+    call.count_reader();
+}
+
+// By a team: lay out its share of a token whose first part was waited for; it counts only if all of it came. Gives
+// whether the team has ended, which it is to if this is its last one.
 template <bool kFp8>
-__device__ void store_token(const LlDispatchArgs& args, const LlCall& call, const Team& team, const Share& share,
-                            const Item& item, const uint32_t* table, Arrival<kFp8>& arrival, Rows& rows) {
+__device__ bool store_token(const LlDispatchArgs& args, const LlCall& call, const Team& team, const Share& share,
+                            const Item& item, const uint32_t* table, Arrival<kFp8>& arrival, Rows& rows, Arrivals& from,
+                            bool is_last) {
     const uint32_t step = kPartsAtOnce * share.threads, num_vecs = vecs_of<kFp8>(args.common.shape);
     if (arrival.misses(Arrival<kFp8>::kChoiceBit)) arrival.choice.word[0] = 0xffffffffu;
     list_rows<kFp8>(args, item, arrival.choice, table, team.thread, rows, share.part == 0);
     for (uint32_t base = 0;;) {
-        if (team.any(arrival.missing != 0)) return forget_token(args, item, team.thread);
-        arrival.store(args, share, rows);
+        if (team.any(arrival.missing != 0)) {
+            forget_token(args, item, team.thread);
+            return false;
+        }
+        arrival.leave_zeros(args, share);
         base += step;
-        if (base >= num_vecs) return;
+        const bool has_all = base >= num_vecs;
+        if (has_all && is_last) end_taking(call, team, from);
+        arrival.store(args, share, rows);
+        if (has_all) return is_last;
         arrival = Arrival<kFp8>(args, call, team, share, item, base);
         await_token(args, call, team, share, item, arrival, nullptr, nullptr);
     }

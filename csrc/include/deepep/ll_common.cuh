@@ -51,6 +51,26 @@ struct LlShared {
     uint32_t epoch;
 };
 
+// Threads that work on one row together, with a barrier of their own.
+struct Team {
+    uint32_t threads, index, thread;  // size, which of the block, place inside
+
+    __device__ explicit Team(uint32_t team_threads)
+        : threads(team_threads),
+          index(threadIdx.x >> log2_of(team_threads)),
+          thread(threadIdx.x & (team_threads - 1)) {}
+
+    __device__ static uint32_t log2_of(uint32_t power) { return 31 - __clz(static_cast<int>(power)); }
+
+    // Lanes may come here one by one, out of waits of their own.
+    __device__ void sync() const { sync_threads(index + 1, threads); }
+    // The same, and whether it is so for any thread.
+    __device__ bool any(bool is_so) const { return any_thread(index + 1, threads, is_so); }
+    __device__ uint32_t global_index() const { return blockIdx.x * per_block() + index; }
+    __device__ uint32_t per_block() const { return kLlThreads >> log2_of(threads); }
+    __device__ uint32_t global_count() const { return gridDim.x * per_block(); }
+};
+
 // One operation under way, as one thread sees it.
 struct LlCall {
     const LlCommon& args;
@@ -175,7 +195,8 @@ struct LlCall {
 
     __device__ void announce_readers() const {
         // First that there are readers, then of what: a launch beside this one may look at both.
-        atomicAdd(&state->num_readers[op][epoch % kLlBanks], gridDim.x);
+        const uint32_t per_block = op == kLlDispatch ? kLlThreads >> Team::log2_of(args.team_threads) : 1;
+        atomicAdd(&state->num_readers[op][epoch % kLlBanks], gridDim.x * per_block);
         state->read_epoch[op][epoch % kLlBanks] = epoch;
     }
 
@@ -200,12 +221,19 @@ struct LlCall {
         }
     }
 
-    // The block has read all it will, and left zeros; nobody waits for its count.
+    // By one thread: a block, or a team of dispatch, has read all it will, and left zeros; nobody waits for its count.
+    __device__ void count_reader() const { add_release_gpu(&state->num_read[op][epoch % kLlBanks], 1); }
+
     __device__ void end() const {
         __syncthreads();
         let_next_kernel_start();
         if (!(args.phases & kLlRecv)) return;
-        if (threadIdx.x == 0) add_release_gpu(&state->num_read[op][epoch % kLlBanks], 1);
+        if (threadIdx.x == 0) count_reader();
+        note_waits();
+    }
+
+    // By the whole block, once it waits no more.
+    __device__ void note_waits() const {
         // Of the block that surely has something to wait for, if any has.
         const bool is_noted = op == kLlCombine ? is_last_block() : blockIdx.x == 0;
         if (args.wait_stats != 0 && is_noted && threadIdx.x < args.shape.num_ranks) {
@@ -270,26 +298,7 @@ struct LlCall {
     }
 };
 
-// Threads that work on one row together, with a barrier of their own.
-struct Team {
-    uint32_t threads, index, thread;  // size, which of the block, place inside
-
-    __device__ explicit Team(uint32_t team_threads)
-        : threads(team_threads),
-          index(threadIdx.x >> log2_of(team_threads)),
-          thread(threadIdx.x & (team_threads - 1)) {}
-
-    __device__ static uint32_t log2_of(uint32_t power) { return 31 - __clz(static_cast<int>(power)); }
-
-    // Lanes may come here one by one, out of waits of their own.
-    __device__ void sync() const { sync_threads(index + 1, threads); }
-    // The same, and whether it is so for any thread.
-    __device__ bool any(bool is_so) const { return any_thread(index + 1, threads, is_so); }
-    __device__ uint32_t global_index() const { return blockIdx.x * per_block() + index; }
-    __device__ uint32_t per_block() const { return kLlThreads >> log2_of(threads); }
-    __device__ uint32_t global_count() const { return gridDim.x * per_block(); }
-};
-
 constexpr uint32_t kListBarriers = 1 + kLlMaxTeams;  // of a team's first threads; those of teams come before
+constexpr uint32_t kEndBarriers = kListBarriers;     // of teams of dispatch, which lists otherwise
 
 }  // namespace deepep

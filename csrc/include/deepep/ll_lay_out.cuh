@@ -10,10 +10,11 @@ namespace deepep {
 struct Arrivals {
     uint32_t header[kMostChoices];
     uint32_t most_tokens;  // of any source
+    uint32_t num_done;     // teams that have all they take
 
     // By the whole block, before a barrier that comes before the first header.
     __device__ void init() {
-        if (threadIdx.x == 0) most_tokens = 0;
+        if (threadIdx.x == 0) most_tokens = num_done = 0;
     }
 };
 

@@ -13,8 +13,8 @@ constexpr uint32_t kLlDrawings = 4;  // twice as many as banks: two in use, two 
 struct LlState {
     uint64_t starts[2];               // of sending launches, in shares: all blocks of a launch together add kLlStart
     uint32_t read_epoch[2][2];        // which epoch was last received out of a bank
-    uint32_t num_readers[2][2];       // blocks that were to do so, since the window was cleaned
-    uint32_t num_read[2][2];          // blocks that have done so: once both agree, the bank is free
+    uint32_t num_readers[2][2];       // blocks, or teams of dispatch, that were to do so since the window was cleaned
+    uint32_t num_read[2][2];          // how many have done so: once both agree, the bank is free
     uint32_t num_drawn[kLlDrawings];  // tokens at home, or halves, that teams of combine drew in an epoch
     uint32_t mask[kLlMaxRanks];
     uint32_t is_stale[kLlMaxRanks];  // since a rank was masked, what it sent may lie where nobody took it

@@ -48,14 +48,15 @@ __device__ void receive(const LlDispatchArgs& args, const LlCall& call, Taker<kF
     }
     const uint32_t end = from.most_tokens * taker.sources.count * args.recv_parts;
     uint32_t turn = 0;
+    bool has_ended = false;
 #pragma unroll 1
     while (taker.number < end) {
         if (taker.item.token < tokens_of(from.header[taker.item.source])) {
             if (!is_waited_for) {
                 await_token(args, call, team, taker.share, taker.item, taker.arrival, nullptr, nullptr, is_loaded);
             }
-            store_token<kFp8>(args, call, team, taker.share, taker.item, counts, taker.arrival,
-                              listed[team.index][turn]);
+            has_ended = store_token<kFp8>(args, call, team, taker.share, taker.item, counts, taker.arrival,
+                                          listed[team.index][turn], from, taker.number + team.global_count() >= end);
             turn ^= 1;
         }
         taker.number += team.global_count();
@@ -63,6 +64,7 @@ __device__ void receive(const LlDispatchArgs& args, const LlCall& call, Taker<kF
         taker.start(args, call);
         is_waited_for = is_loaded = false;
     }
+    if (!has_ended) end_taking(call, team, from);
     if (call.is_last_block()) report(args, counts, from);
 }
 

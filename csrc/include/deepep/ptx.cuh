@@ -94,7 +94,13 @@ __device__ __forceinline__ void sync_threads(uint32_t barrier, uint32_t num_thre
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
 }
 
-// The same, and whether it is so for any of these threads. Nothing in shared memory is needed to agree.
+// Come to such a barrier, and do not wait for the others.
+__device__ __forceinline__ void arrive_threads(uint32_t barrier, uint32_t num_threads) {
+    __syncwarp();
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
+}
+
+// Wait for them, and learn whether it is so for any of these threads. Nothing in shared memory is needed to agree.
 __device__ __forceinline__ bool any_thread(uint32_t barrier, uint32_t num_threads, bool is_so) {
     uint32_t result;
     __syncwarp();
