@@ -109,9 +109,8 @@ class LowLatencyMixin(_Base):
         """
         op = "low_latency_dispatch"
         with self._checking(op):
-            check_rows(op, "x", x)
+            num_tokens, hidden = check_rows(op, "x", x)
             max_tokens = whole_number(op, "num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank, 1)
-            num_tokens, hidden = x.shape
             device = x.device
             if x.dtype is not torch.bfloat16:
                 raise InvalidArgument(f"{op}: x is {x.dtype}; it must be bfloat16")

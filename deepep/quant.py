@@ -38,6 +38,8 @@ class SfFormat(enum.Enum):
     UE8M0 = "ue8m0"
     """The biased exponents of POW2, one byte each; four neighbours packed little-endian in one int32 (`use_ue8m0`)."""
 
+    __hash__ = object.__hash__  # of enum, it would be a Python function, and plans are looked up by format at each call
+
     @classmethod
     def from_flags(cls, round_scale: bool, use_ue8m0: bool) -> SfFormat:
         """Translate the flags of `low_latency_dispatch`; `InvalidArgument` for UE8M0 without `round_scale`."""

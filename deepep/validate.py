@@ -69,8 +69,11 @@ def received(result: DispatchResult, x: Payload) -> Payload:
 
 def check_rows(
     op: str, name: str, x: torch.Tensor, num_rows: int | None = None, device: torch.device | None = None
-) -> None:
-    """Check a contiguous [rows, H] payload whose rows are a multiple of 16 bytes; number and device as in a handle."""
+) -> tuple[int, int]:
+    """Check a contiguous [rows, H] payload whose rows are a multiple of 16 bytes; number and device as in a handle.
+
+    Gives rows and H.
+    """
     if not isinstance(x, torch.Tensor) or x.dim() != 2 or not x.is_contiguous():
         raise InvalidArgument(f"{op}: {name} is {describe(x)}; it must be a contiguous [rows, H] tensor")
     rows, hidden = x.shape
@@ -84,6 +87,7 @@ def check_rows(
             f"{op}: a row of {name} is {hidden} x {x.element_size()} = {row_bytes} bytes; "
             f"it must be a multiple of {ROW_BYTES_MULTIPLE}"
         )
+    return rows, hidden
 
 
 def whole_number(op: str, name: str, value: object, least: int) -> int:
