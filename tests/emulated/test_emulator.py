@@ -34,7 +34,8 @@ _COUNTS = "await_counts(args, call, threadIdx.x + kLlThreads"
 @pytest.mark.parametrize(
     ("line", "instead", "message", "num_sms"),
     [
-        ("*part_at(share, i) = {};", "", None, 24),
+        ("*global(part_at[i]) = {};", "", None, 24),
+        ("    call.count_reader();\n", "", "no end in sight", 24),
         ("slots[at[t]] = {};", "", None, 24),
         ("slot[place.vec[i]] = {};", "", None, 2),
         ("call.state->num_drawn[(call.epoch + kLlBanks) % kLlDrawings] = 0;", "", None, 2),
