@@ -224,6 +224,7 @@ struct LlCall {
     // By one thread: a block, or a team of dispatch, has read all it will, and left zeros; nobody waits for its count.
     __device__ void count_reader() const { add_release_gpu(&state->num_read[op][epoch % kLlBanks], 1); }
 
+    // By the whole block, which has read all it will. A dispatch that takes in rows ends by teams instead.
     __device__ void end() const {
         __syncthreads();
         let_next_kernel_start();
