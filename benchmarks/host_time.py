@@ -1,6 +1,8 @@
 """Time what the CPU does in a call on a GPU: until its first kernel starts, until its last one, until it returns.
 
-One rank with a GPU to itself, which is idle when the call begins; medians in microseconds.
+One rank with a GPU to itself; medians in microseconds. The GPU is idle when the call begins, and the CPU waited for it
+just before, which leaves little of the call in its caches; *in a row* is the first kernel's time again, of calls that
+come right after calls of the same kind.
 
     python benchmarks/host_time.py --tokens 128
 """
@@ -39,7 +41,7 @@ class Clock:
         start.launch = noted
 
     def measure(self, call: Callable[[], Any], count: int) -> list[float]:
-        """Median time to the first launch, the last launch and the return."""
+        """Median time to the first launch, the last launch and the return, and to the first launch in a row."""
         rows = []
         for turn in range(count + 20):
             self.times.clear()
@@ -50,7 +52,21 @@ class Clock:
             del result
             if turn >= 20:
                 rows.append([(at - begin) / 1e3 for at in (self.times[0], self.times[-1], end)])
-        return [statistics.median(column) for column in zip(*rows, strict=True)]
+        return [*(statistics.median(column) for column in zip(*rows, strict=True)), self._in_a_row(call, count)]
+
+    def _in_a_row(self, call: Callable[[], Any], count: int, depth: int = 8) -> float:
+        times = []
+        for _ in range(-(-count // depth)):
+            torch.cuda.synchronize()
+            for turn in range(depth + 1):
+                self.times.clear()
+                begin = time.perf_counter_ns()
+                result = call()
+                if turn:
+                    times.append((self.times[0] - begin) / 1e3)
+        torch.cuda.synchronize()
+        del result
+        return statistics.median(times)
 
 
 def _bench(group: Any, args: argparse.Namespace) -> dict[str, list[float]]:
@@ -104,9 +120,9 @@ def main() -> None:
         sys.exit("host_time.py needs an NVIDIA GPU that torch can use; there is none")
     with launch.Workers(1, device="cuda") as workers:
         (times,) = workers.run(_bench, args, timeout=100.0)
-    print(f"{'us':28} {'first launch':>12} {'last launch':>12} {'return':>8}")
-    for name, (first, last, end) in times.items():
-        print(f"{name:28} {first:12.1f} {last:12.1f} {end:8.1f}")
+    print(f"{'us':28} {'first launch':>12} {'last launch':>12} {'return':>8} {'in a row':>9}")
+    for name, (first, last, end, next_one) in times.items():
+        print(f"{name:28} {first:12.1f} {last:12.1f} {end:8.1f} {next_one:9.1f}")
 
 
 if __name__ == "__main__":
