@@ -100,8 +100,13 @@ def test_two_phases_and_both_reductions(
 def test_waits_are_noted(monkeypatch: pytest.MonkeyPatch, emulator: Emulator, num_tokens: list[int]) -> None:
     world = World(monkeypatch, emulator, Shape(3, 6, 3, 9, 256), num_sms=3)
     step = Step(world, num_tokens, 0, pattern="spread")
-    dispatched = [step.dispatch(rank) for rank in range(3)]
     waited = [torch.zeros(3, dtype=torch.int64) for _ in range(3)]
+    dispatched = [step.dispatch(rank, wait_stats=waited[rank]) for rank in range(3)]
+    emulator.run(0, ns_per_round=2_000)
+    for rank in range(3):
+        step.check_dispatch(rank, dispatched[rank])
+        assert all(int(waited[rank][other]) > 0 for other in range(3) if other != rank)
+        waited[rank].zero_()
     combined = [step.combine(rank, dispatched[rank], wait_stats=waited[rank]) for rank in range(3)]
     emulator.run(0, ns_per_round=2_000)
     for rank in range(3):

@@ -109,7 +109,12 @@ class Step:
         self._inputs, self._outputs = self._scene.inputs, padded_outputs(self._scene)
 
     def dispatch(
-        self, rank: int, sf_format: SfFormat | None = None, weights_ahead: bool = False, split: bool = False
+        self,
+        rank: int,
+        sf_format: SfFormat | None = None,
+        weights_ahead: bool = False,
+        split: bool = False,
+        wait_stats: torch.Tensor | None = None,
     ) -> DispatchResult:
         """Launch a rank's dispatch."""
         mine, shape = self._inputs[rank], self.world.shape
@@ -123,6 +128,7 @@ class Step:
             layout=Layout.PADDED,
             sf_format=sf_format,
             split_phases=split,
+            wait_recv_cost_stats=wait_stats,
         )
         return self.world.on(rank).dispatch(request)
 

@@ -171,7 +171,7 @@ __device__ __forceinline__ void end_taking(const LlCall& call, const Team& team,
 }
 
 // By a team: lay out its share of a token whose first part was waited for; it counts only if all of it came. Gives
-// whether the team has ended, which it is to if this is its last one.
+// whether the team has ended, as it does with its last one; if that did not come, it is left to the caller.
 template <bool kFp8>
 __device__ bool store_token(const LlDispatchArgs& args, const LlCall& call, const Team& team, const Share& share,
                             const Item& item, const uint32_t* table, Arrival<kFp8>& arrival, Rows& rows, Arrivals& from,

@@ -148,7 +148,7 @@ struct LlCall {
         if (is_publisher) {
 #pragma unroll
             for (uint32_t b = 0; b < kLlBanks; ++b) {
-                // Blocks of this launch may have ended before this one starts, hence "at least".
+                // Blocks of a combine may have ended before this one starts, hence "at least".
                 if (static_cast<int32_t>(uses[b].read - uses[b].readers) < 0) continue;
                 const uint64_t told = at.credits + b * args.window.bank_stride + 8 * args.shape.rank;
                 transport.signal(rank, told, ll_word(uses[b].last, 0));
@@ -184,7 +184,7 @@ struct LlCall {
         return static_cast<uint32_t>(started / kLlStart) + 1;
     }
 
-    // The last use of a bank that was to be read, and how many blocks were to and did.
+    // The last use of a bank that was to be read, and how many blocks, or teams of dispatch, were to and did.
     struct Uses {
         uint32_t last, readers, read;
     };

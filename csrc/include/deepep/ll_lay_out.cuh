@@ -6,7 +6,7 @@
 
 namespace deepep {
 
-// What a block knows about the sources.
+// What a block knows about the sources, and its teams.
 struct Arrivals {
     uint32_t header[kMostChoices];
     uint32_t most_tokens;  // of any source
