@@ -116,9 +116,8 @@ struct Arrival {
 // thread's first word among the counts, side by side. It stays missing if the source has fewer tokens, the token does
 // not come here, or the rank is lost.
 template <bool kFp8>
-__device__ void await_token(const LlDispatchArgs& args, const LlCall& call, const Team& team, const Share& share,
-                            const Item& item, Arrival<kFp8>& arrival, uint32_t* table, Arrivals* from,
-                            bool is_loaded = false) {
+__device__ void await_token(const LlDispatchArgs& args, const LlCall& call, const Item& item, Arrival<kFp8>& arrival,
+                            uint32_t* table, Arrivals* from, bool is_loaded = false) {
     constexpr uint32_t kSpinsPerCheck = 64;
     const LlCommon& common = args.common;
     const uint64_t* header = call.own_word(common.window.headers, item.source);
@@ -191,7 +190,7 @@ __device__ bool store_token(const LlDispatchArgs& args, const LlCall& call, cons
         arrival.store(args, share, rows);
         if (has_all) return is_last;
         arrival = Arrival<kFp8>(args, call, team, share, item, base);
-        await_token(args, call, team, share, item, arrival, nullptr, nullptr);
+        await_token(args, call, item, arrival, nullptr, nullptr);
     }
 }
 

@@ -195,7 +195,7 @@ struct LlCall {
 
     __device__ void announce_readers() const {
         // First that there are readers, then of what: a launch beside this one may look at both.
-        const uint32_t per_block = op == kLlDispatch ? kLlThreads >> Team::log2_of(args.team_threads) : 1;
+        const uint32_t per_block = op == kLlDispatch ? Team(args.team_threads).per_block() : 1;
         atomicAdd(&state->num_readers[op][epoch % kLlBanks], gridDim.x * per_block);
         state->read_epoch[op][epoch % kLlBanks] = epoch;
     }
@@ -236,7 +236,7 @@ struct LlCall {
     // By the whole block, once it waits no more.
     __device__ void note_waits() const {
         // Of the block that surely has something to wait for, if any has.
-        const bool is_noted = op == kLlCombine ? is_last_block() : blockIdx.x == 0;
+        const bool is_noted = op == kLlCombine ? is_last_block() : is_first_block();
         if (args.wait_stats != 0 && is_noted && threadIdx.x < args.shape.num_ranks) {
             pointer<uint64_t>(args.wait_stats)[threadIdx.x] += shared.waited_us[threadIdx.x];
         }

@@ -42,7 +42,7 @@ __device__ void receive(const LlDispatchArgs& args, const LlCall& call, Taker<kF
     bool is_waited_for = !knows_counts, is_loaded = knows_counts;
     if (!knows_counts) {
         taker.start_first(args, call);
-        await_token(args, call, team, taker.share, taker.item, taker.arrival, counts, &from);
+        await_token(args, call, taker.item, taker.arrival, counts, &from);
         await_counts(args, call, threadIdx.x + kLlThreads, counts, from);
         __syncthreads();
     }
@@ -53,7 +53,7 @@ __device__ void receive(const LlDispatchArgs& args, const LlCall& call, Taker<kF
     while (taker.number < end) {
         if (taker.item.token < tokens_of(from.header[taker.item.source])) {
             if (!is_waited_for) {
-                await_token(args, call, team, taker.share, taker.item, taker.arrival, nullptr, nullptr, is_loaded);
+                await_token(args, call, taker.item, taker.arrival, nullptr, nullptr, is_loaded);
             }
             has_ended = store_token<kFp8>(args, call, team, taker.share, taker.item, counts, taker.arrival,
                                           listed[team.index][turn], from, taker.number + team.global_count() >= end);

@@ -137,9 +137,7 @@ __device__ __forceinline__ T* global(T* address) {
 // What is at an address in global memory, or `otherwise` if it is null.
 template <typename T>
 __device__ __forceinline__ T load_if(const T* address, T otherwise) {
-    if (address == nullptr) return otherwise;
-    __builtin_assume(__isGlobal(address));
-    return *address;
+    return address == nullptr ? otherwise : *global(address);
 }
 
 // Let such a kernel behind this one start, once every block has come here: with no wait for another rank left, lest
