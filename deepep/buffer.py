@@ -221,7 +221,7 @@ class Buffer(LowLatencyMixin, Front):
             CommTimeout: a peer did not arrive.
         """
         op = "dispatch"
-        with self._checking(op):
+        with self._checking(op) as backend:
             check_stream_arguments(op, previous_event, async_finish, allocate_on_comm_stream)
             data, sf = split_payload(op, x)
             given = Given(num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert)
@@ -234,7 +234,7 @@ class Buffer(LowLatencyMixin, Front):
                     data, sf, topk_idx, topk_weights, given, expert_alignment, num_worst_tokens, _num_sms(config),
                     self._bounds,
                 )  # fmt: skip
-        result, event = self._dispatch(op, request, async_finish, previous_event)
+        result, event = self._dispatch(op, backend, request, async_finish, previous_event)
         recv_x = received(result, x)
         if handle is not None:
             return recv_x, None, None, None, None, event
@@ -276,11 +276,11 @@ class Buffer(LowLatencyMixin, Front):
             `combined_x` [T, H], `combined_topk_weights` [T, K] or None, event. Errors as in `dispatch`.
         """
         op = "combine"
-        with self._checking(op):
+        with self._checking(op) as backend:
             check_stream_arguments(op, previous_event, async_finish, allocate_on_comm_stream)
             routing = routing_of(handle, (IntranodeHandle, InternodeHandle), self._owner, op)
             request = combine_request(x, routing, topk_weights, bias, _num_sms(config))
-        result, event = self._combine(op, request, async_finish, previous_event)
+        result, event = self._combine(op, backend, request, async_finish, previous_event)
         return result.x, result.topk_weights, event
 
 

@@ -105,7 +105,7 @@ def combine_request(
     if topk_weights is not None:
         check_weights(op, topk_weights, (x.shape[0], _num_topk(routing, topk_weights)), x.device)
     biases = check_bias(op, bias, x, routing.dst_rank.shape[0])
-    return CombineRequest(x, routing, topk_weights, bias=biases, num_sms=num_sms)
+    return CombineRequest(x, routing, topk_weights=topk_weights, bias=biases, num_sms=num_sms)
 
 
 def _num_experts(op: str, topk_idx: torch.Tensor | None, given: Given, num_ranks: int, device: torch.device) -> int:

@@ -236,7 +236,7 @@ class ElasticBuffer(SizesMixin, AbsentMixin, Front):
                 )
             terms["num_sms"] = self._num_sms(op, num_sms, handle, terms)
         terms["do_zero_padding"] = do_zero_padding
-        self._fit(op, data, terms["layout"])
+        self._fit(op, backend, data, terms["layout"])
         before = as_handle(previous_event_before_epilogue)
         inputs = (terms,) if handle is None else (terms, vars(handle))
 
@@ -304,7 +304,7 @@ class ElasticBuffer(SizesMixin, AbsentMixin, Front):
                 check_weights(op, topk_weights, shape, device)
             biases = check_bias(op, bias, x, num_tokens)
             num_sms = self._num_sms(op, num_sms, handle, {})
-        self._fit(op, x, Layout.EXPANDED if handle.do_expand else Layout.COMPACT)
+        self._fit(op, backend, x, Layout.EXPANDED if handle.do_expand else Layout.COMPACT)
         # For compact rows this says something only where hosts would add up first.
         is_per_copy = not self.allow_multiple_reduction and (handle.do_expand or self.num_scaleout_ranks > 1)
         before = as_handle(previous_event_before_epilogue)
@@ -314,7 +314,7 @@ class ElasticBuffer(SizesMixin, AbsentMixin, Front):
                 before.current_stream_wait()
             routing = known or self._rebuild(handle)
             request = CombineRequest(
-                x, routing, topk_weights, WeightSource.OWNER, biases,
+                x, routing, topk_weights=topk_weights, weight_source=WeightSource.OWNER, bias=biases,
                 reduction=Reduction.PER_COPY if is_per_copy else Reduction.PER_RANK, num_sms=num_sms,
             )  # fmt: skip
             return backend.combine(request), routing

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -28,12 +28,17 @@ from deepep.topology import Topology
 from deepep.validate import Bounds, raise_unless_equal, wrong_kind
 from deepep.version import __version__
 
+Request = TypeVar("Request", DispatchRequest, CombineRequest)
 Result = TypeVar("Result")
 
 _LONGEST = 1e9  # seconds; what is more, no clock takes
 
 # Handles work with every buffer of the same backend over the same processes; each such set has a number.
 _owner_numbers: dict[tuple[Any, ...], int] = {}
+
+
+REFUSABLE = (InvalidArgument, AttributeError, TypeError, ValueError)
+"""What checks of arguments raise; the last three where one is so wrong that the checks themselves trip over it."""
 
 
 class Front:
@@ -182,19 +187,19 @@ class Front:
         return _Checking(self._alive(op), op)
 
     def _dispatch(
-        self, op: str, request: DispatchRequest, is_async: bool, previous_event: Event | None
+        self, op: str, backend: Backend, request: DispatchRequest, is_async: bool, previous_event: Event | None
     ) -> tuple[Any, EventOverlap]:
-        backend = self._fit(op, request.x, request.layout)
-        return self._run(lambda: backend.dispatch(request), (request,), request.x.is_cuda, is_async, previous_event)
+        self._fit(op, backend, request.x, request.layout)
+        return self._serve(backend.dispatch, request, is_async, previous_event)
 
     def _combine(
-        self, op: str, request: CombineRequest, is_async: bool, previous_event: Event | None
+        self, op: str, backend: Backend, request: CombineRequest, is_async: bool, previous_event: Event | None
     ) -> tuple[Any, EventOverlap]:
-        backend = self._fit(op, request.x, request.routing.layout)
-        return self._run(lambda: backend.combine(request), (request,), request.x.is_cuda, is_async, previous_event)
+        self._fit(op, backend, request.x, request.routing.layout)
+        return self._serve(backend.combine, request, is_async, previous_event)
 
-    def _fit(self, op: str, x: torch.Tensor, layout: Any) -> Backend:
-        backend = self._alive(op)
+    def _fit(self, op: str, backend: Backend, x: torch.Tensor, layout: Any) -> None:
+        """Raise `UnsupportedOperation`, on every rank, where the backend does not take such a tensor or layout."""
         device = "cuda" if x.is_cuda else x.device.type
         if device not in self._devices:
             only = ", ".join(sorted(self._devices))
@@ -202,10 +207,20 @@ class Front:
         elif layout not in self._layouts:
             problem = f"has no {layout.value} rows; use backend='reference'"
         else:
-            return backend
-        unsupported = UnsupportedOperation(f"{op}: backend '{backend.name}' {problem}")
-        _refuse(backend, op, unsupported)
-        raise unsupported
+            return
+        refuse(backend, op, UnsupportedOperation(f"{op}: backend '{backend.name}' {problem}"))
+
+    def _serve(
+        self, work: Callable[[Request], Result], request: Request, is_async: bool, previous_event: Event | None
+    ) -> tuple[Result, EventOverlap]:
+        if is_async or previous_event is not None:
+            return self._run(lambda: work(request), (request,), request.x.is_cuda, is_async, previous_event)
+        # As `_run` would, in fewer steps.
+        try:
+            return work(request), EventOverlap()
+        except BaseException as error:
+            self._note(error)
+            raise
 
     def _run(
         self,
@@ -217,24 +232,25 @@ class Front:
     ) -> tuple[Result, EventOverlap]:
         try:
             return self._comm_stream.run(work, inputs, on_cuda, is_async, previous_event)
-        except CommTimeout as error:
+        except BaseException as error:
+            self._note(error)
+            raise
+
+    def _note(self, error: BaseException) -> None:
+        """Remember what an operation ended with, where the buffer is not usable after it."""
+        if isinstance(error, CommTimeout):
             # Who is missing may be unknown; then no mask mends it.
             self._broken, self._missing = str(error), set(error.missing_ranks) or {-1}
-            raise
-        except (InvalidArgument, UnsupportedOperation, BufferDestroyed):
-            raise  # all ranks agreed, or nothing was begun
-        except BaseException as error:
-            # Half-way, out of memory perhaps: the peers wait for what does not come, and nobody may take the next call
-            # for the rest of this one.
+        elif not isinstance(error, (InvalidArgument, UnsupportedOperation, BufferDestroyed)):
+            # Of those all ranks know, or nothing was begun. Here it was: out of memory perhaps, the peers wait for what
+            # does not come, and nobody may take the next call for the rest of this one.
             self._broken, self._missing = f"{type(error).__name__}: {error}", {-1}
-            raise
 
 
 class _Checking:
-    """Turns a refused argument into the same error on every rank, before anything is sent.
+    """Turns a refused argument into the same error on every rank, before anything is sent; see `REFUSABLE`.
 
-    What is so wrong that the checks themselves trip over it is refused as well. A class, since every call enters it and
-    a generator's context takes three times as long.
+    A class, since every call enters it and a generator's context takes three times as long.
     """
 
     __slots__ = ("_backend", "_op")
@@ -248,21 +264,19 @@ class _Checking:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            return
-        if isinstance(error, InvalidArgument):
-            _refuse(self._backend, self._op, error)
-        elif isinstance(error, (AttributeError, TypeError, ValueError)):
-            refused = wrong_kind(self._op, error)
-            _refuse(self._backend, self._op, refused)
-            raise refused from error
+        if isinstance(error, REFUSABLE):
+            refuse(self._backend, self._op, error)
 
 
-def _refuse(backend: Backend, op: str, error: DeepEPError) -> None:
+def refuse(backend: Backend, op: str, error: Exception) -> NoReturn:
+    """Tell the other ranks that this one does not take part in an operation, and why, and raise that."""
+    refused = error if isinstance(error, DeepEPError) else wrong_kind(op, error)
+    cause = error.__cause__ if refused is error else error
     try:
-        backend.refuse(op, error)
+        backend.refuse(op, refused)
     except DeepEPError as unreached:
-        raise error from unreached
+        cause = unreached
+    raise refused from cause
 
 
 def _checked_timeout(timeout: float | None, default: float) -> float:

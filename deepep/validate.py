@@ -74,9 +74,9 @@ def check_rows(
 
     Gives rows and H.
     """
-    if not isinstance(x, torch.Tensor) or x.dim() != 2 or not x.is_contiguous():
+    if not isinstance(x, torch.Tensor) or len(shape := x.shape) != 2 or not x.is_contiguous():
         raise InvalidArgument(f"{op}: {name} is {describe(x)}; it must be a contiguous [rows, H] tensor")
-    rows, hidden = x.shape
+    rows, hidden = shape
     if num_rows is not None and rows != num_rows:
         raise InvalidArgument(f"{op}: {name} has {rows} rows; the handle's dispatch has {num_rows}")
     if device is not None and x.device != device:
@@ -135,19 +135,19 @@ def check_topk(
     The values (range, the same expert twice) are checked on CPU tensors always, on CUDA tensors when debugging, since
     looking at them there waits for the GPU.
     """
-    if not isinstance(topk_idx, torch.Tensor) or topk_idx.dim() != 2 or not topk_idx.is_contiguous():
+    if not isinstance(topk_idx, torch.Tensor) or len(shape := topk_idx.shape) != 2 or not topk_idx.is_contiguous():
         raise InvalidArgument(f"{op}: topk_idx is {describe(topk_idx)}; it must be a contiguous [T, K] tensor")
     if topk_idx.dtype is not topk_idx_t:
         raise InvalidArgument(f"{op}: topk_idx is {topk_idx.dtype}; it must be {topk_idx_t} (deepep.topk_idx_t)")
     if device is not None and topk_idx.device != device:
         raise InvalidArgument(f"{op}: topk_idx is on {topk_idx.device} and x on {device}; they must be on one device")
-    rows, num_topk = topk_idx.shape
+    rows, num_topk = shape
     if num_tokens is not None and rows != num_tokens:
         raise InvalidArgument(f"{op}: topk_idx has {rows} rows and x has {num_tokens}; they must agree")
     if not 1 <= num_topk <= bounds.max_topk:
         raise InvalidArgument(f"{op}: topk_idx has K = {num_topk} columns; 1 to {bounds.max_topk} are allowed")
     if topk_weights is not None:
-        check_weights(op, topk_weights, (rows, num_topk), device or topk_idx.device)
+        check_weights(op, topk_weights, shape, device or topk_idx.device)
     if values_are_checked(topk_idx, bounds):
         _check_topk_values(op, topk_idx, num_experts)
     return num_topk

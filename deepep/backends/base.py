@@ -136,19 +136,19 @@ class DispatchRequest:
         topk_idx: [T, K] int64, or None (then `is_token_in_rank` routes).
         topk_weights: [T, K] float32 or None.
         num_experts: E.
-        is_token_in_rank: [T, R] bool; given exactly when there is no top-k.
-        num_tokens_per_expert: [E] int32, likewise; only the receiver's counts are made from it.
         num_max_tokens_per_rank: M (padded always; others where the caller gave one), else 0.
         layout: of the received rows.
+        sf_format: cast `x` to FP8 on the way, with scale factors in this format; None to move `x` as it is.
+        split_phases: return before data has arrived; `DispatchResult.finish` completes it (receive hook).
+        cumulative_local_expert_recv_stats: [L] int32, added to in place.
+        wait_recv_cost_stats: [R] int64, time waited for each source rank is added in place (microseconds).
+        is_token_in_rank: [T, R] bool; given exactly when there is no top-k.
+        num_tokens_per_expert: [E] int32, likewise; only the receiver's counts are made from it.
         expert_alignment: rows each expert's group is aligned to (counts only, where rows are compact).
         num_worst_rows: rows to allocate without asking how many arrive (no CPU sync), or None for exact shapes.
         do_zero_padding: zero the rows between experts.
         routing: of an earlier dispatch, to repeat it (cached: no counts travel, no CPU sync).
-        sf_format: cast `x` to FP8 on the way, with scale factors in this format; None to move `x` as it is.
         num_sms: multiprocessors to use at most; 0 for the backend's own choice.
-        split_phases: return before data has arrived; `DispatchResult.finish` completes it (receive hook).
-        cumulative_local_expert_recv_stats: [L] int32, added to in place.
-        wait_recv_cost_stats: [R] int64, time waited for each source rank is added in place (microseconds).
     """
 
     x: torch.Tensor
@@ -156,19 +156,19 @@ class DispatchRequest:
     topk_idx: torch.Tensor | None
     topk_weights: torch.Tensor | None
     num_experts: int
-    is_token_in_rank: torch.Tensor | None = None
-    num_tokens_per_expert: torch.Tensor | None = None
     num_max_tokens_per_rank: int = 0
     layout: Layout = Layout.COMPACT
+    sf_format: SfFormat | None = None
+    split_phases: bool = False
+    cumulative_local_expert_recv_stats: torch.Tensor | None = None
+    wait_recv_cost_stats: torch.Tensor | None = None
+    is_token_in_rank: torch.Tensor | None = None
+    num_tokens_per_expert: torch.Tensor | None = None
     expert_alignment: int = 1
     num_worst_rows: int | None = None
     do_zero_padding: bool = False
     routing: Routing | None = None
-    sf_format: SfFormat | None = None
     num_sms: int = 0
-    split_phases: bool = False
-    cumulative_local_expert_recv_stats: torch.Tensor | None = None
-    wait_recv_cost_stats: torch.Tensor | None = None
 
 
 @quickly_made
@@ -214,9 +214,6 @@ class CombineRequest:
     Attributes:
         x: rows as dispatch laid them out, [num_rows, H] or padded [L, R*M, H].
         routing: of the dispatch.
-        topk_weights: weights to bring back beside x: compact [N, K], expanded [rows] float32, or None.
-        weight_source: which ranks contribute to the weights brought back.
-        bias: none, one or two [T, H] tensors that the sum starts from.
         scale_topk_idx: [T, K] int64 and
         scale_topk_weights: [T, K] float32, both at the token's home: scale each expert's row (low latency), or None.
             Product and sum are rounded to fp32 one after the other (no fused multiply-add), so every backend agrees.
@@ -225,25 +222,28 @@ class CombineRequest:
         use_logfmt: rows travel through the LogFMT-10 cast.
         zero_copy: x lies in the buffer of `next_combine_buffer`; its content is already where peers can read it.
         out: [T, H] to write to, or None.
-        num_sms: multiprocessors to use at most; 0 for the backend's own choice.
         split_phases: return before data has arrived; `CombineResult.finish` completes it.
         wait_recv_cost_stats: [R] int64, time waited for each rank is added in place (microseconds).
+        topk_weights: weights to bring back beside x: compact [N, K], expanded [rows] float32, or None.
+        weight_source: which ranks contribute to the weights brought back.
+        bias: none, one or two [T, H] tensors that the sum starts from.
+        num_sms: multiprocessors to use at most; 0 for the backend's own choice.
     """
 
     x: torch.Tensor
     routing: Routing
-    topk_weights: torch.Tensor | None = None
-    weight_source: WeightSource = WeightSource.ALL_RANKS
-    bias: tuple[torch.Tensor, ...] = ()
     scale_topk_idx: torch.Tensor | None = None
     scale_topk_weights: torch.Tensor | None = None
     reduction: Reduction = Reduction.PER_RANK
     use_logfmt: bool = False
     zero_copy: bool = False
     out: torch.Tensor | None = None
-    num_sms: int = 0
     split_phases: bool = False
     wait_recv_cost_stats: torch.Tensor | None = None
+    topk_weights: torch.Tensor | None = None
+    weight_source: WeightSource = WeightSource.ALL_RANKS
+    bias: tuple[torch.Tensor, ...] = ()
+    num_sms: int = 0
 
 
 @quickly_made

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -17,12 +18,14 @@ import torch
 from deepep.cuda import driver
 
 _POLL_PERIOD = 0.0005
-_short_cut = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
-def current_stream(device: int) -> int:
-    """Give the handle of torch's current stream; by torch's short cut, a tenth of the public way's time."""
-    return int(_short_cut(device)) if _short_cut is not None else torch.cuda.current_stream(device).cuda_stream
+def _current_stream(device: int) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream)
+"""Give the handle of torch's current stream of a device; by torch's short cut, a tenth of the public way's time."""
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -24,13 +24,14 @@ from deepep.backends.base import (
 )
 from deepep.cuda import driver, jit, ll_structs
 from deepep.cuda.call_order import CallOrder
-from deepep.cuda.launch import aligned, runtime
+from deepep.cuda.launch import aligned, current_stream, runtime
 from deepep.cuda.ll_grid import Grids
-from deepep.cuda.ll_plan import CombinePlan, DispatchPlan
-from deepep.cuda.ll_state import LlRouting, identity
+from deepep.cuda.ll_plan import CombinePlan, DispatchPlan, Launch
+from deepep.cuda.ll_state import LlRouting, Sent, identity
 from deepep.cuda.ll_structs import Division, LlCleanArgs, LlCombineArgs, LlCommon, LlDispatchArgs, LlShape, Shape, magic
 from deepep.errors import BufferDestroyed, InvalidArgument
 from deepep.stream import tensors_in
+from deepep.validate import ROW_BYTES_MULTIPLE
 
 _MOST_PLANS = 256
 
@@ -80,11 +81,9 @@ class LowLatencyEngine:
         self.device = device
         self._order = order or CallOrder()
         self.is_over = False  # its window is divided otherwise by now, or gone
-        self._dispatch_kernel, self._combine_kernel, self._clean_kernel = (
-            jit.load(spec, device) for spec in shape.kernels
-        )
-        self._grids = Grids(shape, device, settings.ranks_per_gpu, self._dispatch_kernel, self._combine_kernel)
-        self._common = LlCommon(
+        dispatch_kernel, combine_kernel, self._clean_kernel = (jit.load(spec, device) for spec in shape.kernels)
+        grids = Grids(shape, device, settings.ranks_per_gpu, dispatch_kernel, combine_kernel)
+        self._common = common = LlCommon(
             peer_table=window.peer_table,
             own_base=window.base,
             window=division.window,
@@ -92,7 +91,7 @@ class LowLatencyEngine:
             timeout_ns=int(settings.timeout * 1e9),
             is_shrinkable=int(settings.is_shrinkable),
         )
-        self._common.shape = LlShape(
+        common.shape = LlShape(
             rank=settings.rank,
             num_ranks=shape.num_ranks,
             num_experts=shape.num_experts,
@@ -111,8 +110,8 @@ class LowLatencyEngine:
         self._starts_early = driver.can_start_early(device)
         self._empty: dict[int, torch.Tensor] = {}
         kept = functools.lru_cache(_MOST_PLANS)
-        self._plan_dispatch = kept(functools.partial(DispatchPlan.make, shape, self._grids, self._common))
-        self._plan_combine = kept(functools.partial(CombinePlan.make, self._grids, self._common))
+        self._plan_dispatch = kept(functools.partial(DispatchPlan.make, shape, grids, common, dispatch_kernel.handle))
+        self._plan_combine = kept(functools.partial(CombinePlan.make, grids, common, combine_kernel.handle))
 
     def meet(self) -> None:
         """Let the current stream go on when all ranks that are not masked have come here."""
@@ -124,28 +123,33 @@ class LowLatencyEngine:
 
     def _launch_clean(self, is_barrier: bool, resets: bool = False) -> None:
         args = LlCleanArgs(common=self._common, is_barrier=int(is_barrier), resets=int(resets))
-        self._launch(self._clean_kernel.handle, 1, 0, args)
+        self._launch(Launch(self._clean_kernel.handle, 1, 0, ctypes.addressof(args)))
 
-    def dispatch(self, request: DispatchRequest) -> DispatchResult:
-        """Serve a padded dispatch request."""
-        shape, x = self.shape, aligned(request.x)
-        num_local, room = shape.num_local_experts, shape.num_ranks * shape.num_max_tokens
-        num_tokens = x.shape[0]
+    def dispatch(self, request: DispatchRequest, num_tokens: int) -> DispatchResult:
+        """Serve a padded dispatch request of T tokens."""
+        x = request.x
+        rows = x.data_ptr()
+        if rows % ROW_BYTES_MULTIPLE:
+            x = aligned(x)
+            rows = x.data_ptr()
         plan = self._plan_dispatch(num_tokens, request.num_sms, request.sf_format, request.split_phases, x.device)
-        parts = plan.parts
         state, recv_x = torch.empty_like(plan.state), torch.empty_like(plan.recv_x)
-        args, at = plan.args, state.data_ptr()
-        args.x, args.recv_x = x.data_ptr(), recv_x.data_ptr()
-        args.topk_idx, args.topk_weights = _pointer(request.topk_idx), _pointer(request.topk_weights)
-        args.recv_count, args.src_info = at + 4 * parts.recv_count, at + 4 * parts.src_info
-        args.layout_range = at + 4 * parts.layout_range
-        args.recv_sf = 0 if plan.sf is None else at + 4 * parts.recv_sf
-        args.recv_stats = _pointer(request.cumulative_local_expert_recv_stats)
-        parts.address(at, plan.common)
-        plan.common.wait_stats = _pointer(request.wait_recv_cost_stats)
-        kernel, kept = self._dispatch_kernel.handle, (request, x, recv_x, state)
-        finish = self._start(kernel, plan.num_blocks, self._grids.table_bytes, args, request.split_phases, kept)
-        # Views are made while the kernel runs.
+        at = state.data_ptr()
+        sources, home_topk, routes, route_weights = plan.kept
+        recv_sf, recv_count, src_info, layout_range = plan.results
+        addresses = (at, at + sources, at + home_topk, at + routes, at + route_weights)
+        ll_structs.write_dispatch_call(
+            plan.args, ll_structs.CALL_OFFSET, _pointer(request.wait_recv_cost_stats), *addresses,
+            rows, _pointer(request.topk_idx), _pointer(request.topk_weights), recv_x.data_ptr(),
+            at + recv_sf, at + recv_count, at + src_info, at + layout_range,
+            _pointer(request.cumulative_local_expert_recv_stats),
+        )  # fmt: skip
+        stream = self._launch(plan.launch)
+        # All else is made while the kernel runs.
+        finish, shape, parts = None, self.shape, plan.parts
+        if request.split_phases:
+            finish = _SecondPhase.of(self, plan, stream, (request, x, recv_x, state))
+        num_local, room = shape.num_local_experts, shape.num_ranks * shape.num_max_tokens
         return DispatchResult(
             x=recv_x,
             sf=None if plan.sf is None else plan.sf.of(state),
@@ -153,7 +157,7 @@ class LowLatencyEngine:
             topk_weights=None,
             num_recv_tokens_per_expert=state.as_strided((num_local,), (1,), parts.recv_count),
             num_recv_tokens_per_expert_list=[],
-            routing=self._routing(request, LlRouting.of(request, state, parts, shape, num_tokens)),
+            routing=self._routing(request, LlRouting.of(request, state, addresses, shape, num_tokens)),
             src_info=state.as_strided((num_local, room), (room, 1), parts.src_info),
             layout_range=state.view(torch.int64).as_strided(
                 (num_local, shape.num_ranks), (shape.num_ranks, 1), parts.layout_range // 2
@@ -164,63 +168,49 @@ class LowLatencyEngine:
     def combine(self, request: CombineRequest, x: torch.Tensor) -> CombineResult:
         """Serve a combine request of padded rows `x` [L, R*M, H]."""
         routing: LlRouting = request.routing.private
-        is_per_copy, x = request.reduction is Reduction.PER_COPY, aligned(x)
-        self._check_combine(request, routing, is_per_copy)
-        plan = self._plan_combine(routing.num_tokens, request.num_sms, is_per_copy, request.split_phases, x.device)
-        out = request.out
+        split_phases, device = request.split_phases, x.device
+        sent, is_per_copy = routing.sent, request.reduction is Reduction.PER_COPY
+        if sent is not None and not is_per_copy:
+            self._check_sent(request, sent)
+        plan = self._plan_combine(
+            routing.num_tokens, request.num_sms, is_per_copy, request.use_logfmt, sent is not None, split_phases, device
+        )
+        out, rows = request.out, x.data_ptr()
+        if rows % ROW_BYTES_MULTIPLE:
+            x = aligned(x)
+            rows = x.data_ptr()
         if out is None:
             out = torch.empty_like(plan.out)
-        epoch = torch.empty(1, dtype=torch.int32, device=x.device) if request.split_phases else None
-        args = plan.args
-        args.x, args.out, args.combine_epoch = x.data_ptr(), out.data_ptr(), _pointer(epoch)
-        args.topk_idx, args.topk_weights = _pointer(request.scale_topk_idx), _pointer(request.scale_topk_weights)
-        args.use_logfmt, args.has_sent_weights = request.use_logfmt, routing.sent is not None
-        routing.parts.address(routing.state.data_ptr(), plan.common)
-        plan.common.wait_stats = _pointer(request.wait_recv_cost_stats)
-        kernel, kept = self._combine_kernel.handle, (request, x, out, epoch)
-        finish = self._start(kernel, plan.num_blocks, 0, args, request.split_phases, kept)
+        epoch = torch.empty(1, dtype=torch.int32, device=device) if split_phases else None
+        ll_structs.write_combine_call(
+            plan.args, ll_structs.CALL_OFFSET, _pointer(request.wait_recv_cost_stats), *routing.addresses,
+            rows, _pointer(request.scale_topk_idx), _pointer(request.scale_topk_weights), out.data_ptr(),
+            _pointer(epoch),
+        )  # fmt: skip
+        stream = self._launch(plan.launch)
+        finish = None
+        if split_phases:
+            finish = _SecondPhase.of(self, plan, stream, (request, x, out, epoch))
         return CombineResult(out, None, finish)
 
-    def _check_combine(self, request: CombineRequest, routing: LlRouting, is_per_copy: bool) -> None:
+    @staticmethod
+    def _check_sent(request: CombineRequest, sent: Sent) -> None:
         op = "low_latency_combine"
-        if routing.sent is None or is_per_copy:
-            return
-        for name, tensor, sent in zip(
-            ("topk_idx", "topk_weights"),
-            (request.scale_topk_idx, request.scale_topk_weights),
-            routing.sent,
-            strict=True,
-        ):
-            if tensor is None or identity(tensor) != sent:
+        given = (request.scale_topk_idx, request.scale_topk_weights)
+        for name, tensor, before in zip(("topk_idx", "topk_weights"), given, sent, strict=True):
+            if tensor is None or identity(tensor) != before:
                 raise InvalidArgument(
                     f"{op}: {name} is not the unchanged tensor that low_latency_dispatch got; since its topk_weights= "
                     "sent the weights ahead, pass the same tensors, or dispatch without topk_weights"
                 )
 
-    def _start(
-        self,
-        kernel: int,
-        num_blocks: int,
-        smem: int,
-        args: LlDispatchArgs | LlCombineArgs,
-        in_two_phases: bool,
-        kept: tuple[object, ...],
-    ) -> _SecondPhase | None:
-        """Launch both phases, or the first one and give back what launches the second."""
-        stream = self._launch(kernel, num_blocks, smem, args)
-        if not in_two_phases:
-            return None
-        args = type(args).from_buffer_copy(args)
-        args.common.phases = ll_structs.RECV
-        return _SecondPhase(self, kernel, num_blocks, smem, args, stream, kept)
-
-    def _launch(self, kernel: int, num_blocks: int, smem: int, args: ctypes.Structure) -> int:
+    def _launch(self, launch: Launch) -> int:
         """Launch on the current stream, and give its handle."""
         driver.ensure_context(self.device)
-        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        stream = current_stream(self.device)
         self._order.enter(stream)
-        address = ctypes.addressof(args)
-        self._runtime.launch(kernel, num_blocks, ll_structs.NUM_THREADS, smem, stream, address, pdl=self._starts_early)
+        kernel, num_blocks, smem, args = launch
+        self._runtime.launch(kernel, num_blocks, ll_structs.NUM_THREADS, smem, stream, args, False, self._starts_early)
         self._order.leave(stream)
         return stream
 
@@ -252,12 +242,19 @@ class _SecondPhase:
     """Launches what one operation has left to do, on the current stream."""
 
     engine: LowLatencyEngine
-    kernel: int
-    num_blocks: int
-    smem: int
-    args: LlDispatchArgs | LlCombineArgs
+    launch: Launch
+    args: LlDispatchArgs | LlCombineArgs  # of that launch
     stream: int  # of the first phase
     kept: tuple[object, ...]  # what the kernel reads and writes must live until then
+
+    @classmethod
+    def of(
+        cls, engine: LowLatencyEngine, plan: DispatchPlan | CombinePlan, stream: int, kept: tuple[object, ...]
+    ) -> _SecondPhase:
+        """Take down the arguments of the first phase, just launched, since the plan's serve other calls meanwhile."""
+        args = type(plan.args).from_buffer_copy(plan.args)
+        args.common.phases = ll_structs.RECV
+        return cls(engine, plan.launch._replace(args=ctypes.addressof(args)), args, stream, kept)
 
     def __call__(self) -> None:
         if self.engine.is_over:
@@ -266,7 +263,7 @@ class _SecondPhase:
                 "the window anew; call hooks before that"
             )
         engine = self.engine
-        if engine._launch(self.kernel, self.num_blocks, self.smem, self.args) != self.stream:
+        if engine._launch(self.launch) != self.stream:
             # Memory of what is let go of now must not be given away before this stream has read it.
             for tensor in tensors_in(self.kept):
                 tensor.record_stream(torch.cuda.current_stream(engine.device))

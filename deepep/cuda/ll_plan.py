@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from typing import NamedTuple
 
@@ -35,23 +36,41 @@ class SfView(NamedTuple):
         return state.view(self.dtype).as_strided(self.size, self.stride, self.offset)
 
 
+class Launch(NamedTuple):
+    """A launch; the stream is what it lacks.
+
+    Attributes:
+        kernel: handle of the function.
+        num_blocks: of the grid.
+        smem: bytes of dynamic shared memory.
+        args: address of the struct it takes.
+    """
+
+    kernel: int
+    num_blocks: int
+    smem: int
+    args: int
+
+
 class DispatchPlan(NamedTuple):
     """How a dispatch is launched, and where its results go.
 
     Attributes:
-        num_blocks: of the launch.
-        args: arguments of the first launch that lack only pointers. Launches copy them, so one struct serves all calls.
-        common: those of them that combine has, too.
+        launch: of the whole call, or of its first phase.
+        args: what it takes, lacking only pointers. Launches copy them, so one struct serves all calls.
         parts: where the parts of the state are.
+        kept: first bytes of those that combine needs, see `StateParts`,
+        results: and of those that the user gets.
         state: what to allocate for it, see `_like`.
         recv_x: the same for the rows, [L, R*M, H].
         sf: the scale factors, if there are any.
     """
 
-    num_blocks: int
+    launch: Launch
     args: LlDispatchArgs
-    common: LlCommon
     parts: StateParts
+    kept: tuple[int, int, int, int]
+    results: tuple[int, int, int, int]
     state: torch.Tensor
     recv_x: torch.Tensor
     sf: SfView | None
@@ -62,6 +81,7 @@ class DispatchPlan(NamedTuple):
         shape: Shape,
         grids: Grids,
         common: LlCommon,
+        kernel: int,
         num_tokens: int,
         num_sms: int,
         sf_format: SfFormat | None,
@@ -80,29 +100,28 @@ class DispatchPlan(NamedTuple):
             send_parts=grid.send_parts,
             recv_parts=grid.recv_parts,
         )
-        own = _of_first_launch(args.common, grid.team, num_tokens, split_phases)
+        _set_first_launch(args.common, grid.team, num_tokens, split_phases)
         parts = StateParts.divide(shape, num_tokens, num_sf)
         dtype, sf = torch.bfloat16, None
         if sf_format is not None:
             dtype = FP8_DTYPE
             sf = SfView(sf_format.dtype, (num_local, room, num_sf), (num_sf * room, 1, room), parts.recv_sf)
         state, recv_x = _like((parts.end,), torch.int32, device), _like((num_local, room, hidden), dtype, device)
-        return cls(grid.num_blocks, args, own, parts, state, recv_x, sf)
+        launch = Launch(kernel, grid.num_blocks, grids.table_bytes, ctypes.addressof(args))
+        return cls(launch, args, parts, parts.kept, parts.results, state, recv_x, sf)
 
 
 class CombinePlan(NamedTuple):
     """How a combine is launched.
 
     Attributes:
-        num_blocks: of the launch.
-        args: arguments of the first launch that lack pointers, and what is asked of the sums. As a dispatch's.
-        common: those of them that dispatch has, too.
+        launch: as a dispatch's.
+        args: likewise.
         out: what to allocate for the result, [T, H]; see `_like`.
     """
 
-    num_blocks: int
+    launch: Launch
     args: LlCombineArgs
-    common: LlCommon
     out: torch.Tensor
 
     @classmethod
@@ -110,9 +129,12 @@ class CombinePlan(NamedTuple):
         cls,
         grids: Grids,
         common: LlCommon,
+        kernel: int,
         num_tokens: int,
         num_sms: int,
         is_per_copy: bool,
+        use_logfmt: bool,
+        has_sent_weights: bool,
         split_phases: bool,
         device: torch.device,
     ) -> CombinePlan:
@@ -121,6 +143,8 @@ class CombinePlan(NamedTuple):
         args = LlCombineArgs(
             common=common,
             is_per_copy=is_per_copy,
+            use_logfmt=use_logfmt,
+            has_sent_weights=has_sent_weights,
             keeps_own=grid.keeps_own,
             has_workers=grid.has_workers,
             debt_parts=grid.debt_parts,
@@ -128,9 +152,9 @@ class CombinePlan(NamedTuple):
             debt_parts_magic=magic(grid.debt_parts),
             home_parts_magic=magic(grid.home_parts),
         )
-        own = _of_first_launch(args.common, grid.team, num_tokens, split_phases)
-        out = _like((num_tokens, own.shape.hidden), torch.bfloat16, device)
-        return cls(grid.num_blocks, args, own, out)
+        _set_first_launch(args.common, grid.team, num_tokens, split_phases)
+        out = _like((num_tokens, common.shape.hidden), torch.bfloat16, device)
+        return cls(Launch(kernel, grid.num_blocks, 0, ctypes.addressof(args)), args, out)
 
 
 def _like(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -144,8 +168,7 @@ def _element(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.empty(1, dtype=dtype, device=device)
 
 
-def _of_first_launch(common: LlCommon, team: int, num_tokens: int, split_phases: bool) -> LlCommon:
-    """Fill in what a plan knows beyond what all launches of an engine share, and give it back."""
+def _set_first_launch(common: LlCommon, team: int, num_tokens: int, split_phases: bool) -> None:
+    """Fill in what a plan knows beyond what all launches of an engine share."""
     common.team_threads, common.num_tokens = team, num_tokens
     common.phases = SEND if split_phases else SEND | RECV
-    return common

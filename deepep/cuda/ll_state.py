@@ -9,11 +9,14 @@ import torch
 
 from deepep.backends.base import DispatchRequest
 from deepep.cuda import ll_structs
-from deepep.cuda.ll_structs import LlCommon, Shape
+from deepep.cuda.ll_structs import Shape
 from deepep.layout import align
 from deepep.records import quickly_made
 
 _STATE_ALIGNMENT = 32  # int32 elements
+
+Sent = tuple[tuple[int, int], tuple[int, int]]
+"""Identity of (topk_idx, topk_weights)."""
 
 
 class StateParts(NamedTuple):
@@ -41,13 +44,15 @@ class StateParts(NamedTuple):
             places.append(places[-1] + align(size, _STATE_ALIGNMENT))
         return cls(*places)
 
-    def address(self, at: int, common: LlCommon) -> None:
-        """Point the kernels' arguments to the parts of a block that begins at this address."""
-        common.call_epoch = at
-        common.sources = at + 4 * _STATE_ALIGNMENT
-        common.home_topk = at + 4 * self.home_topk
-        common.routes = at + 4 * self.routes
-        common.route_weights = at + 4 * self.route_weights
+    @property
+    def kept(self) -> tuple[int, int, int, int]:
+        """First bytes of what combine needs, in the order of `LlCommon`, behind the epoch: headers, top-k, routes."""
+        return 4 * _STATE_ALIGNMENT, 4 * self.home_topk, 4 * self.routes, 4 * self.route_weights
+
+    @property
+    def results(self) -> tuple[int, int, int, int]:
+        """First bytes of what the user gets, in the order of `LlDispatchArgs`."""
+        return 4 * self.recv_sf, 4 * self.recv_count, 4 * self.src_info, 4 * self.layout_range
 
 
 @quickly_made
@@ -59,27 +64,32 @@ class LlRouting:
         state: int32 words: epoch of the call, headers of the sources, `topk_idx` as sent, rows and weights of choices.
             One allocation serves these and all outputs but the rows, which are views of it: they are small beside the
             rows, so nobody minds that they live together, and kernels start before the views are made.
-        parts: where in it each of them is.
+        addresses: of what combine needs, in the order of `LlCommon`.
         shape: the sizes it was made with.
         num_tokens: T.
-        sent: identity of (topk_idx, topk_weights) whose weights travelled with dispatch, or None.
+        sent: whose weights travelled with dispatch, or None.
     """
 
     state: torch.Tensor
-    parts: StateParts
+    addresses: tuple[int, int, int, int, int]
     shape: Shape
     num_tokens: int
-    sent: tuple[tuple[int, int], tuple[int, int]] | None
+    sent: Sent | None
 
     @classmethod
     def of(
-        cls, request: DispatchRequest, state: torch.Tensor, parts: StateParts, shape: Shape, num_tokens: int
+        cls,
+        request: DispatchRequest,
+        state: torch.Tensor,
+        addresses: tuple[int, int, int, int, int],
+        shape: Shape,
+        num_tokens: int,
     ) -> LlRouting:
         """Put together what one dispatch leaves."""
         sent = None
         if request.topk_weights is not None and request.topk_idx is not None:
             sent = (identity(request.topk_idx), identity(request.topk_weights))
-        return cls(state, parts, shape, num_tokens, sent)
+        return cls(state, addresses, shape, num_tokens, sent)
 
 
 def identity(tensor: torch.Tensor) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -116,6 +117,16 @@ class LlCombineArgs(ctypes.Structure):
             }
         ),
     ]
+
+
+CALL_OFFSET = LlCommon.wait_stats.offset
+"""From here on lie the pointers of a call, those that all kernels take and then those of one; see the two below."""
+
+write_dispatch_call = struct.Struct("15Q").pack_into
+"""Write them at once, from `wait_stats` to `recv_stats`: member by member takes twice as long."""
+
+write_combine_call = struct.Struct("11Q").pack_into
+"""The same from `wait_stats` to `combine_epoch`."""
 
 
 class LlCleanArgs(ctypes.Structure):

@@ -63,7 +63,9 @@ class Emulator:
         """Give what `launch` takes for a kernel."""
         return self._names.index(kernel)
 
-    def launch(self, function: int, grid: int, block: int, smem: int, _stream: int, args: int, **_: Any) -> None:
+    def launch(
+        self, function: int, grid: int, block: int, smem: int, _stream: int, args: int, *_: Any, **__: Any
+    ) -> None:
         """Put a launch at the end of the current queue (the signature of `deepep.cuda.launch.Runtime`)."""
         entry, num_bytes = self._entries[function]
         self._enqueue(entry, args, num_bytes, grid, block, smem)

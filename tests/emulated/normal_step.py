@@ -90,10 +90,10 @@ class NormalStep:
         request = CombineRequest(
             self.wanted.outputs(rank, routing),
             routing,
-            self.wanted.weights(rank, routing) if way.has_weights else None,
-            WeightSource.OWNER if way.is_expanded else WeightSource.ALL_RANKS,
-            self.wanted.biases(rank),
             reduction=way.reduction,
+            topk_weights=self.wanted.weights(rank, routing) if way.has_weights else None,
+            weight_source=WeightSource.OWNER if way.is_expanded else WeightSource.ALL_RANKS,
+            bias=self.wanted.biases(rank),
         )
         self._in_use.append(request)
         return combine(engine, request)

@@ -50,7 +50,7 @@ class World:
         monkeypatch.setattr(jit, "load", lambda spec, _device: FakeKernel(emulator.handle(spec.name)))
         monkeypatch.setattr(driver, "can_start_early", lambda _device: False)
         monkeypatch.setattr(driver, "ensure_context", lambda _device: None)
-        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _device: 0, raising=False)
+        monkeypatch.setattr(ll_engine, "current_stream", lambda _device: 0)
         monkeypatch.setattr(ll_engine, "runtime", lambda: emulator)
         self.emulator, self.shape, self._division = emulator, shape, divide(shape)
         self.windows = [torch.zeros(self._division.num_bytes, dtype=torch.uint8) for _ in range(shape.num_ranks)]
@@ -130,7 +130,7 @@ class Step:
             split_phases=split,
             wait_recv_cost_stats=wait_stats,
         )
-        return self.world.on(rank).dispatch(request)
+        return self.world.on(rank).dispatch(request, len(mine.x))
 
     def combine(
         self,

@@ -13,6 +13,7 @@ import torch
 from deepep import BufferDestroyed, CommTimeout, InvalidArgument
 from deepep.backends.ipc.low_latency import LowLatency
 from deepep.cuda import ll_engine, ll_structs
+from deepep.cuda.ll_plan import Launch
 from deepep.cuda.ll_structs import LlState, Shape
 
 NUM_RANKS = 3
@@ -63,7 +64,7 @@ def test_rows_that_kernels_cannot_number_are_refused() -> None:
 
 def test_a_hook_does_not_outlive_its_window() -> None:
     engine: Any = SimpleNamespace(is_over=True)
-    hook = ll_engine._SecondPhase(engine, 0, 1, 0, ll_structs.LlCombineArgs(), 0, ())
+    hook = ll_engine._SecondPhase(engine, Launch(0, 1, 0, 0), ll_structs.LlCombineArgs(), 0, ())
     with pytest.raises(BufferDestroyed, match="the hook comes after its buffer was destroyed"):
         hook()
 

@@ -69,24 +69,20 @@ class LowLatency:
         """Serve a dispatch into padded rows.
 
         Raises:
-            UnsupportedOperation: a payload other than bf16 without scale factors, a cached routing, no top-k.
+            UnsupportedOperation: scale factors of the user's own, a cached routing, no top-k.
             CommTimeout: an earlier call lost a rank.
         """
         self._check_status()
         x, topk_idx = request.x, request.topk_idx
-        if x.dtype != torch.bfloat16 or request.sf is not None or request.routing is not None or topk_idx is None:
+        if request.sf is not None or request.routing is not None or topk_idx is None:
             raise UnsupportedOperation(
                 "low_latency_dispatch: backend 'ipc' sends bf16 rows along a fresh top-k into padded rows; for scale "
-                "factors of your own, another dtype or a cached routing use backend='reference'"
+                "factors of your own or a cached routing use backend='reference'"
             )
-        shape = _make_shape(
-            self._group.num_ranks,
-            request.num_experts,
-            topk_idx.shape[1],
-            request.num_max_tokens_per_rank,
-            x.shape[1],
-        )
-        return self._engine_for(shape).dispatch(request)
+        num_tokens, hidden = x.shape
+        num_topk, num_max_tokens = topk_idx.shape[1], request.num_max_tokens_per_rank
+        shape = _make_shape(self._group.num_ranks, request.num_experts, num_topk, num_max_tokens, hidden)
+        return self._engine_for(shape).dispatch(request, num_tokens)
 
     def combine(self, request: CombineRequest) -> CombineResult:
         """Serve a combine of padded rows; raises `CommTimeout` if an earlier call lost a rank."""
