@@ -27,7 +27,7 @@ from deepep.cuda.call_order import CallOrder
 from deepep.cuda.launch import aligned, current_stream, runtime
 from deepep.cuda.ll_grid import Grids
 from deepep.cuda.ll_plan import CombinePlan, DispatchPlan, Launch
-from deepep.cuda.ll_state import LlRouting, Sent, identity
+from deepep.cuda.ll_state import LlRouting, NextBlock, Sent, identity
 from deepep.cuda.ll_structs import Division, LlCleanArgs, LlCombineArgs, LlCommon, LlDispatchArgs, LlShape, Shape, magic
 from deepep.errors import BufferDestroyed, InvalidArgument
 from deepep.stream import tensors_in
@@ -109,6 +109,7 @@ class LowLatencyEngine:
         self._runtime = runtime()
         self._starts_early = driver.can_start_early(device)
         self._empty: dict[int, torch.Tensor] = {}
+        self._next_block = NextBlock()
         kept = functools.lru_cache(_MOST_PLANS)
         self._plan_dispatch = kept(functools.partial(DispatchPlan.make, shape, grids, common, dispatch_kernel.handle))
         self._plan_combine = kept(functools.partial(CombinePlan.make, grids, common, combine_kernel.handle))
@@ -123,7 +124,7 @@ class LowLatencyEngine:
 
     def _launch_clean(self, is_barrier: bool, resets: bool = False) -> None:
         args = LlCleanArgs(common=self._common, is_barrier=int(is_barrier), resets=int(resets))
-        self._launch(Launch(self._clean_kernel.handle, 1, 0, ctypes.addressof(args)))
+        self._launch(Launch(self._clean_kernel.handle, 1, 0, ctypes.addressof(args)), current_stream(self.device))
 
     def dispatch(self, request: DispatchRequest, num_tokens: int) -> DispatchResult:
         """Serve a padded dispatch request of T tokens."""
@@ -133,7 +134,8 @@ class LowLatencyEngine:
             x = aligned(x)
             rows = x.data_ptr()
         plan = self._plan_dispatch(num_tokens, request.num_sms, request.sf_format, request.split_phases, x.device)
-        state, recv_x = torch.empty_like(plan.state), torch.empty_like(plan.recv_x)
+        stream = current_stream(self.device)
+        state, recv_x = self._next_block.take(plan.state, stream), torch.empty_like(plan.recv_x)
         at = state.data_ptr()
         sources, home_topk, routes, route_weights = plan.kept
         recv_sf, recv_count, src_info, layout_range = plan.results
@@ -144,8 +146,9 @@ class LowLatencyEngine:
             at + recv_sf, at + recv_count, at + src_info, at + layout_range,
             _pointer(request.cumulative_local_expert_recv_stats),
         )  # fmt: skip
-        stream = self._launch(plan.launch)
+        self._launch(plan.launch, stream)
         # All else is made while the kernel runs.
+        self._next_block.allocate(plan.state, stream)
         finish, shape, parts = None, self.shape, plan.parts
         if request.split_phases:
             finish = _SecondPhase.of(self, plan, stream, (request, x, recv_x, state))
@@ -187,7 +190,8 @@ class LowLatencyEngine:
             rows, _pointer(request.scale_topk_idx), _pointer(request.scale_topk_weights), out.data_ptr(),
             _pointer(epoch),
         )  # fmt: skip
-        stream = self._launch(plan.launch)
+        stream = current_stream(self.device)
+        self._launch(plan.launch, stream)
         finish = None
         if split_phases:
             finish = _SecondPhase.of(self, plan, stream, (request, x, out, epoch))
@@ -204,15 +208,12 @@ class LowLatencyEngine:
                     "sent the weights ahead, pass the same tensors, or dispatch without topk_weights"
                 )
 
-    def _launch(self, launch: Launch) -> int:
-        """Launch on the current stream, and give its handle."""
+    def _launch(self, launch: Launch, stream: int) -> None:
         driver.ensure_context(self.device)
-        stream = current_stream(self.device)
         self._order.enter(stream)
         kernel, num_blocks, smem, args = launch
         self._runtime.launch(kernel, num_blocks, ll_structs.NUM_THREADS, smem, stream, args, False, self._starts_early)
         self._order.leave(stream)
-        return stream
 
     def _routing(self, request: DispatchRequest, private: LlRouting) -> Routing:
         shape = self.shape
@@ -262,8 +263,9 @@ class _SecondPhase:
                 "low_latency: the hook comes after its buffer was destroyed, or after a call of another shape divided "
                 "the window anew; call hooks before that"
             )
-        engine = self.engine
-        if engine._launch(self.launch) != self.stream:
+        engine, stream = self.engine, current_stream(self.engine.device)
+        engine._launch(self.launch, stream)
+        if stream != self.stream:
             # Memory of what is let go of now must not be given away before this stream has read it.
             for tensor in tensors_in(self.kept):
                 tensor.record_stream(torch.cuda.current_stream(engine.device))

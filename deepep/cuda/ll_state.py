@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from deepep.layout import align
 from deepep.records import quickly_made
 
 _STATE_ALIGNMENT = 32  # int32 elements
+_DEFAULT_STREAM = 0
 
 Sent = tuple[tuple[int, int], tuple[int, int]]
 """Identity of (topk_idx, topk_weights)."""
@@ -53,6 +55,33 @@ class StateParts(NamedTuple):
     def results(self) -> tuple[int, int, int, int]:
         """First bytes of what the user gets, in the order of `LlDispatchArgs`."""
         return 4 * self.recv_sf, 4 * self.recv_count, 4 * self.src_info, 4 * self.layout_range
+
+
+class NextBlock:
+    """Blocks for dispatches, each allocated behind the launch before its own, where the GPU need not wait for it.
+
+    So on the default stream only: memory belongs to the stream that it was allocated on, and what a graph uses must
+    come from the graph's own pool. No graph is captured on that stream.
+    """
+
+    def __init__(self) -> None:
+        self._like: torch.Tensor | None = None
+        self._block: torch.Tensor | None = None
+
+    def take(self, like: torch.Tensor, stream: int) -> torch.Tensor:
+        """Give a block of the size of another for a dispatch on a stream."""
+        block = self._block
+        if block is None or like is not self._like or stream != _DEFAULT_STREAM:
+            return torch.empty_like(like)
+        self._block = None
+        return block
+
+    def allocate(self, like: torch.Tensor, stream: int) -> None:
+        """Have one ready that a dispatch on the same stream is likely to ask for."""
+        if stream == _DEFAULT_STREAM:
+            self._block = None  # before there are two
+            with contextlib.suppress(torch.OutOfMemoryError):  # the next dispatch will say so, if it is still true
+                self._like, self._block = like, torch.empty_like(like)
 
 
 @quickly_made
