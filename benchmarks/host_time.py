@@ -2,7 +2,8 @@
 
 One rank with a GPU to itself; medians in microseconds. The GPU is idle when the call begins, and the CPU waited for it
 just before, which leaves little of the call in its caches; *in a row* is the first kernel's time again, of calls that
-come right after calls of the same kind.
+come right after calls of the same kind. Processors of shared machines change their speed by half within seconds: all jobs
+are done in several rounds, and the time of a loop in Python says how fast each of these was.
 
     python benchmarks/host_time.py --tokens 128
 """
@@ -69,7 +70,15 @@ class Clock:
         return statistics.median(times)
 
 
-def _bench(group: Any, args: argparse.Namespace) -> dict[str, list[float]]:
+def _python_loop() -> float:
+    """Microseconds that 10,000 additions take: how fast the processor is at present."""
+    begin, total = time.perf_counter_ns(), 0
+    for i in range(10_000):
+        total += i
+    return (time.perf_counter_ns() - begin) / 1e3
+
+
+def _bench(group: Any, args: argparse.Namespace) -> list[tuple[float, dict[str, list[float]]]]:
     clock = Clock()
     num_tokens, hidden, num_topk, num_experts = args.tokens, args.hidden, args.topk, args.experts
     x = torch.randn((num_tokens, hidden), dtype=torch.bfloat16, device="cuda")
@@ -102,10 +111,17 @@ def _bench(group: Any, args: argparse.Namespace) -> dict[str, list[float]]:
         "elastic dispatch cached": lambda: elastic.dispatch(x, handle=spread_handle),
         "elastic combine expanded": lambda: elastic.combine(spread, spread_handle),
     }
-    times = {name: clock.measure(call, args.count) for name, call in jobs.items()}
+    rounds = []
+    for _ in range(args.rounds):
+        speeds = [_python_loop()]
+        times = {}
+        for name, call in jobs.items():
+            times[name] = clock.measure(call, args.count)
+            speeds.append(_python_loop())
+        rounds.append((statistics.median(speeds), times))
     buffer.destroy()
     elastic.destroy()
-    return times
+    return rounds
 
 
 def main() -> None:
@@ -114,15 +130,25 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=7168)
     parser.add_argument("--topk", type=int, default=8)
     parser.add_argument("--experts", type=int, default=256)
-    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("host_time.py needs an NVIDIA GPU that torch can use; there is none")
     with launch.Workers(1, device="cuda") as workers:
-        (times,) = workers.run(_bench, args, timeout=100.0)
-    print(f"{'us':28} {'first launch':>12} {'last launch':>12} {'return':>8} {'in a row':>9}")
-    for name, (first, last, end, next_one) in times.items():
-        print(f"{name:28} {first:12.1f} {last:12.1f} {end:8.1f} {next_one:9.1f}")
+        (rounds,) = workers.run(_bench, args, timeout=200.0)
+    loops = [loop for loop, _ in rounds]
+    print(f"10,000 additions in Python, per round: {', '.join(f'{loop:.0f}' for loop in loops)} us")
+    print(
+        f"{'us, of all rounds: median':28} {'first launch':>12} {'last launch':>12} {'return':>8} {'in a row':>9}  ",
+        end="",
+    )
+    print("first launch of each round")
+    for name in rounds[0][1]:
+        found = [times[name] for _, times in rounds]
+        first, last, end, next_one = (statistics.median(column) for column in zip(*found, strict=True))
+        each = " ".join(f"{row[0]:.1f}" for row in found)
+        print(f"{name:28} {first:12.1f} {last:12.1f} {end:8.1f} {next_one:9.1f}  {each}")
 
 
 if __name__ == "__main__":

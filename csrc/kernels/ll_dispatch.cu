@@ -13,11 +13,11 @@ template <bool kFp8>
 __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table, uint32_t* counts) {
     __shared__ Arrivals from;
     const LlCommon& common = args.common;
-    const uint64_t credits = common.window.dispatch_credits;
     const Range range(args);
     const bool is_sending = (common.phases & kLlSend) != 0, is_receiving = (common.phases & kLlRecv) != 0;
     const bool has_tokens = is_sending && range.begin < range.end;
     Taker<kFp8> taker(args);
+    const LlCall::Places places = call.find_places(common.window.dispatch_credits, common.call_epoch);
     from.init();
     if (is_sending) {
         const uint32_t num_earlier = range.part == 0 ? range.begin : 0;
@@ -25,7 +25,6 @@ __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table, u
         ScanAt scan_at = find_scan(args, 0, num_scanned);
         ChoicesAt choices_at = find_choices(args, range.begin, range.end);
         HeldAt held_at = find_unit<kFp8>(args, range.begin, has_tokens ? range.first_unit : Range::kNone);
-        const LlCall::Places places = call.find_places(credits, common.call_epoch);
         scan_at.settle();
         choices_at.settle();
         held_at.settle();
@@ -49,7 +48,7 @@ __device__ void run(const LlDispatchArgs& args, LlCall& call, uint32_t* table, u
         });
     } else {
         await_previous_kernel();
-        call.prepare(call.find_places(credits, common.call_epoch));
+        call.prepare(places);
         call.begin(common.call_epoch);
     }
     if (!is_receiving) return call.end();

@@ -167,10 +167,12 @@ struct LlCall {
             const uint32_t share = kLlStart / gridDim.x;
             atomicAdd(reinterpret_cast<unsigned long long*>(&state->starts[op]),
                       static_cast<unsigned long long>(is_first_block() ? kLlStart - share * (gridDim.x - 1) : share));
-            if (args.phases == kLlSend && blockIdx.x == 0) *pointer<uint32_t>(call_epoch) = epoch;
-            if (args.phases & kLlRecv && is_first_block()) announce_readers();
-        } else if (blockIdx.x == 0) {
+        }
+        if (!is_first_block()) return;
+        if (args.phases & kLlRecv) {
             announce_readers();
+        } else {
+            *pointer<uint32_t>(call_epoch) = epoch;
         }
     }
 

@@ -95,7 +95,7 @@ struct LlDispatchArgs {
     uint64_t topk_idx;      // [T, K] int64
     uint64_t topk_weights;  // [T, K] float32 or null
     uint64_t recv_x;        // [L, R * M, H] bf16 or e4m3
-    uint64_t recv_sf;       // [L, num_sf, R * M] 4-byte elements, or null
+    uint64_t recv_sf;       // [L, num_sf, R * M] 4-byte elements, where there is a format
     uint64_t recv_count;    // [L] int32
     uint64_t src_info;      // [L, R * M] int32
     uint64_t layout_range;  // [L, R] int64
