@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,26 @@ def members_in_header(name: str) -> list[tuple[str, object]]:
 @pytest.mark.parametrize("name", ["LlWindow", "LlShape", "LlCommon", "LlDispatchArgs", "LlCombineArgs", "LlCleanArgs"])
 def test_members_agree(name: str) -> None:
     assert members_in_header(name) == [(field[0], field[1]) for field in getattr(ll_structs, name)._fields_]
+
+
+@pytest.mark.parametrize(
+    ("args", "write", "last"),
+    [
+        (ll_structs.LlDispatchArgs, ll_structs.write_dispatch_call, "recv_stats"),
+        (ll_structs.LlCombineArgs, ll_structs.write_combine_call, "combine_epoch"),
+    ],
+)
+def test_a_call_writes_all_its_pointers_and_nothing_else(args: Any, write: Any, last: str) -> None:
+    names = [field[0] for field in args._fields_[1:]]
+    own = names[: names.index(last) + 1]
+    shared = ["wait_stats", "call_epoch", "sources", "home_topk", "routes", "route_weights"]
+    struct = args()
+    write(struct, ll_structs.CALL_OFFSET, *range(1, len(shared + own) + 1))
+    assert [getattr(struct.common, name) for name in shared] + [getattr(struct, name) for name in own] == [
+        *range(1, len(shared + own) + 1)
+    ]
+    assert struct.common.is_shrinkable == 0
+    assert not any(getattr(struct, name) for name in names[len(own) :])
 
 
 def test_the_mask_is_where_kernels_keep_it() -> None:
