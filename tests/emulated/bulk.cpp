@@ -12,7 +12,6 @@ namespace emu {
 
 namespace {
 
-constexpr size_t kSharedBytes = size_t{1} << 30;
 constexpr size_t kAlignment = 128;
 constexpr uint32_t kNoGroup = 0xffffffffu;
 
@@ -93,10 +92,13 @@ void* take_shared(size_t size) {
     void* memory = same.back();
     same.pop_back();
     memset(memory, 0xcd, size);
+    forget(memory, size);
     return memory;
 }
 void give_shared_back(void* memory, size_t size) { spare[rounded(size)].push_back(memory); }
 uint32_t shared_address(const void* memory) { return static_cast<uint32_t>(static_cast<const char*>(memory) - arena); }
+
+const char* shared_arena() { return arena; }
 
 void init_arrivals(uint32_t barrier, uint32_t count) {
     arrivals(barrier) = {0, static_cast<uint8_t>(count), static_cast<uint8_t>(count), 0, 0};

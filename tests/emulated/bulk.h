@@ -11,10 +11,13 @@ namespace emu {
 
 struct Block;
 
+constexpr size_t kSharedBytes = size_t{1} << 30;
+
 // Shared memory has 32-bit addresses there; here it lies in one stretch of memory, and they count from its beginning.
 void* take_shared(size_t size);
 void give_shared_back(void* memory, size_t size);
 uint32_t shared_address(const void* memory);
+const char* shared_arena();
 
 void init_arrivals(uint32_t barrier, uint32_t count);
 void expect_bytes(uint32_t barrier, uint32_t num_bytes);

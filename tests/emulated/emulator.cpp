@@ -61,6 +61,8 @@ void begin(Launch& launch) {
         block->index = index, block->grid = launch.grid, block->threads = launch.threads;
         block->entry = launch.entry, block->args = launch.args.data();
         block->warps.resize(launch.threads / kWarp);
+        block->known.resize(launch.threads / kWarp);
+        for (uint32_t warp = 0; warp < block->known.size(); ++warp) block->known[warp].clock.of[warp] = 1;
         block->smem = launch.smem + 1, block->dynamic_shared = take_shared(block->smem);
         block->fibers.resize(launch.threads);
         for (uint32_t thread = 0; thread < launch.threads; ++thread) {
@@ -154,6 +156,7 @@ bool arrive(Meeting& meeting, uint32_t num_threads) {
     meeting.arrived = 0;
     meeting.any[(meeting.generation + 1) % 2] = 0;
     meeting.generation += 1;
+    learn(*current->block, meeting.told);
     return true;
 }
 
@@ -178,11 +181,16 @@ bool barrier(uint32_t number, uint32_t num_threads, bool is_so) {
     Meeting& meeting = current->block->barriers[number];
     const uint32_t which = meeting.generation % 2;
     if (is_so) meeting.any[which] = 1;
+    tell(meeting.told, true);
     meet(meeting, num_threads);
     return meeting.any[which] != 0;
 }
 
-void arrive(uint32_t number, uint32_t num_threads) { arrive(current->block->barriers[number], num_threads); }
+void arrive(uint32_t number, uint32_t num_threads) {
+    Meeting& meeting = current->block->barriers[number];
+    tell(meeting.told, false);
+    arrive(meeting, num_threads);
+}
 
 void* shared_bytes(int number, size_t size) {
     void*& memory = current->block->shared[{number, size}];

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "bulk.h"
+#include "races.h"
 
 #define __device__
 #define __global__
@@ -35,6 +36,7 @@ struct Meeting {
     uint32_t generation = 0, arrived = 0, any[2] = {};
     int place = -1;
     uint64_t slots[2][kWarp] = {};
+    Told told;
 };
 
 struct Block;
@@ -58,6 +60,7 @@ struct Block {
     std::vector<Fiber> fibers;
     Meeting barriers[16];
     std::vector<Meeting> warps;
+    std::vector<Known> known;  // by each of them
     std::map<std::pair<int, size_t>, void*> shared;
     void* dynamic_shared = nullptr;
 };
@@ -106,14 +109,14 @@ void store_release(T* address, V value) {
     store(address, value);
 }
 template <typename T>
-T add(T* address, T value) {
+EMU_UNWATCHED T add(T* address, T value) {
     const T old = *address;
     *address = old + value;
     yield();
     return old;
 }
 template <typename T, typename V>
-T swap_if(T* address, bool is_so, V value) {
+EMU_UNWATCHED T swap_if(T* address, bool is_so, V value) {
     const T old = *address;
     if (is_so) *address = static_cast<T>(value);
     return old;

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import re
 import shutil
 import subprocess
 import sys
@@ -35,7 +37,20 @@ COMPILER = (shutil.which("c++") or shutil.which("g++")) if sys.platform == "linu
 
 
 class EmulationError(RuntimeError):
-    """Kernels did what a GPU would not forgive: they wait for each other, or lanes of a warp part."""
+    """Kernels did what a GPU would not forgive: threads wait for each other or race, or lanes of a warp part."""
+
+
+@functools.cache
+def announcing() -> list[str]:
+    """Give the options that let the compiler announce accesses, see races.h; none, and no race is found, if it cannot.
+
+    (GCC can, and other compilers have other options.)
+    """
+    options = ["-fsanitize=thread", "--param=tsan-distinguish-volatile=1"]
+    tried = subprocess.run(
+        [str(COMPILER), *options, "-fsyntax-only", "-xc++", "-"], input=b"", capture_output=True, check=False
+    )
+    return options if tried.returncode == 0 else []
 
 
 class Emulator:
@@ -52,7 +67,8 @@ class Emulator:
     """
 
     def __init__(self, directory: Path, build: Build = LOW_LATENCY, has_bulk_copies: bool = False) -> None:
-        self._library = ctypes.CDLL(str(_compile(directory, build, has_bulk_copies)))
+        self._path = _compile(directory, build, has_bulk_copies)
+        self._library = ctypes.CDLL(str(self._path))
         self._library.emu_run.restype = ctypes.c_char_p
         self._entries = [(self._library[f"emu_{spec.name}"], ctypes.sizeof(args)) for spec, args in build.items()]
         self._names = [spec.name for spec in build]
@@ -103,7 +119,18 @@ class Emulator:
     ) -> None:
         problem = self._library.emu_run(*map(ctypes.c_uint64, (seed, ns_per_round, most_rounds, *until)))
         if problem is not None:
-            raise EmulationError(problem.decode())
+            raise EmulationError(_with_lines(problem.decode(), self._path))
+
+
+def _with_lines(problem: str, library: Path) -> str:
+    """Say for places in the code, which come as offsets, which line each is."""
+    offsets = re.findall(r"\+(0x[0-9a-f]+)", problem)
+    tool = shutil.which("addr2line")
+    if not offsets or tool is None:
+        return problem
+    said = subprocess.run([tool, "-e", str(library), *offsets], capture_output=True, text=True, check=False)
+    lines = iter(Path(line.split()[0]).name for line in said.stdout.splitlines())
+    return re.sub(r"\+0x[0-9a-f]+", lambda _: next(lines, "?"), problem)
 
 
 def _compile(directory: Path, build: Build, has_bulk_copies: bool) -> Path:
@@ -127,7 +154,8 @@ def _compile(directory: Path, build: Build, has_bulk_copies: bool) -> Path:
     objects, running = [], []
     for unit in units:
         objects.append(directory / f"{unit.stem}.o")
-        running.append(subprocess.Popen([str(COMPILER), *flags, "-c", str(unit), "-o", str(objects[-1])]))
+        more = ["-g1", *announcing()] if unit.parent == directory else []
+        running.append(subprocess.Popen([str(COMPILER), *flags, *more, "-c", str(unit), "-o", str(objects[-1])]))
     codes = [one.wait() for one in running]
     if any(codes):
         raise RuntimeError("kernels do not compile for the CPU")

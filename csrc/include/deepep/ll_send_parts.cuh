@@ -13,9 +13,9 @@ constexpr uint32_t kRowsAtOnce = 8;  // vectors of expert outputs that a thread 
 // positions are all left out owes the home a row of zeros nevertheless.
 struct Terms {
     uint32_t valid[kWords];
-    uint32_t owes[kWords];
     int32_t row[kMostChoices];
     float weight[kMostChoices];
+    uint32_t owes[kWords];  // not beside `valid`: one load of both would read that while it is written
     __device__ Bits bits() const { return bits_of(valid); }
     __device__ Bits owed() const { return bits_of(owes); }
 };

@@ -88,8 +88,16 @@ __device__ __forceinline__ void store_stream(Vec16* address, const Vec16& v) {
                  : "memory");
 }
 
+// Warps may come to a barrier from different places. compute-sanitizer takes these for different barriers, so under the
+// debug switch, which it is to be run with, there is one place.
+#if DEEPEP_CHECK_INDICES
+#define DEEPEP_ONE_PLACE __noinline__
+#else
+#define DEEPEP_ONE_PLACE __forceinline__
+#endif
+
 // Some of the CTA's warps, by one of its 16 barriers; num_threads is a multiple of 32.
-__device__ __forceinline__ void sync_threads(uint32_t barrier, uint32_t num_threads) {
+__device__ DEEPEP_ONE_PLACE void sync_threads(uint32_t barrier, uint32_t num_threads) {
     __syncwarp();  // the barrier takes whole warps
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
 }
