@@ -160,10 +160,8 @@ def main() -> None:
         quick = [measured.times for measured in rounds if measured.loop < _SLOWED * fastest]
         used = quick or [measured.times for measured in rounds]
         first, last, end, next_one = (statistics.median(column) for column in zip(*used, strict=True))
-        first_of_all, kept = (
-            statistics.median(measured.times[0] for measured in rounds),
-            f"{len(quick)} of {len(rounds)}",
-        )
+        first_of_all = statistics.median(measured.times[0] for measured in rounds)
+        kept = f"{len(quick)} of {len(rounds)}"
         print(f"{name:26} {first:12.1f} {first_of_all:6.1f} {last:12.1f} {end:8.1f} {next_one:9.1f} {kept:>11}")
 
 

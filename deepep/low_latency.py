@@ -109,7 +109,8 @@ class LowLatencyMixin(_Base):
             `recv_x` [L, R*M, H] or `(recv_x, sf)` with sf [L, R*M, H/128] f32 or [L, R*M, H/512] i32, last two
             dimensions column-major; `recv_count` [L] i32; handle; event; hook or None.
         """
-        op, backend = "low_latency_dispatch", self._alive("low_latency_dispatch")
+        op = "low_latency_dispatch"
+        backend = self._alive(op)
         try:  # as `_checking` does, which takes 0.3 us
             num_tokens, hidden = check_rows(op, "x", x)
             max_tokens = whole_number(op, "num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank, 1)
@@ -175,7 +176,8 @@ class LowLatencyMixin(_Base):
         Returns:
             `combined_x` [T, H] bf16, event, hook or None.
         """
-        op, backend = "low_latency_combine", self._alive("low_latency_combine")
+        op = "low_latency_combine"
+        backend = self._alive(op)
         try:  # as `_checking` does, which takes 0.3 us
             routing = routing_of(handle, (LowLatencyHandle,), self._owner, op)
             num_tokens = routing.dst_rank.shape[0]

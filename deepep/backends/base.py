@@ -130,8 +130,10 @@ class Routing:
 class DispatchRequest:
     """Send every token to the ranks of its experts.
 
+    Low latency, where names take time, gives the first eleven by position.
+
     Attributes:
-        x: [T, H] contiguous payload.
+        x: [T, H] contiguous payload; bf16 if padded.
         sf: [T, n] of 4-byte elements, any strides, or None.
         topk_idx: [T, K] int64, or None (then `is_token_in_rank` routes).
         topk_weights: [T, K] float32 or None.
@@ -210,6 +212,8 @@ class DispatchResult:
 @dataclass(frozen=True)
 class CombineRequest:
     """Bring expert outputs home and add them up (CONTRACT, 'Arithmetic of combine').
+
+    Low latency, where names take time, gives the first ten by position.
 
     Attributes:
         x: rows as dispatch laid them out, [num_rows, H] or padded [L, R*M, H].

@@ -110,9 +110,10 @@ class LowLatencyEngine:
         self._starts_early = driver.can_start_early(device)
         self._empty: dict[int, torch.Tensor] = {}
         self._next_block = NextBlock()
-        kept = functools.lru_cache(_MOST_PLANS)
-        self._plan_dispatch = kept(functools.partial(DispatchPlan.make, shape, grids, common, dispatch_kernel.handle))
-        self._plan_combine = kept(functools.partial(CombinePlan.make, grids, common, combine_kernel.handle))
+        remembered = functools.lru_cache(_MOST_PLANS)
+        make_dispatch = functools.partial(DispatchPlan.make, shape, grids, common, dispatch_kernel.handle)
+        self._plan_dispatch = remembered(make_dispatch)
+        self._plan_combine = remembered(functools.partial(CombinePlan.make, grids, common, combine_kernel.handle))
 
     def meet(self) -> None:
         """Let the current stream go on when all ranks that are not masked have come here."""
@@ -137,8 +138,8 @@ class LowLatencyEngine:
         stream = current_stream(self.device)
         state, recv_x = self._next_block.take(plan.state, stream), torch.empty_like(plan.recv_x)
         at = state.data_ptr()
-        sources, home_topk, routes, route_weights = plan.kept
-        recv_sf, recv_count, src_info, layout_range = plan.results
+        sources, home_topk, routes, route_weights = plan.for_combine
+        recv_sf, recv_count, src_info, layout_range = plan.for_user
         addresses = (at, at + sources, at + home_topk, at + routes, at + route_weights)
         ll_structs.write_dispatch_call(
             plan.args, ll_structs.CALL_OFFSET, _pointer(request.wait_recv_cost_stats), *addresses,

@@ -59,8 +59,8 @@ class DispatchPlan(NamedTuple):
         launch: of the whole call, or of its first phase.
         args: what it takes, lacking only pointers. Launches copy them, so one struct serves all calls.
         parts: where the parts of the state are.
-        kept: first bytes of those that combine needs, see `StateParts`,
-        results: and of those that the user gets.
+        for_combine: byte offsets of those that combine needs, see `StateParts`.
+        for_user: byte offsets of those that the user gets.
         state: what to allocate for it, see `_like`.
         recv_x: the same for the rows, [L, R*M, H].
         sf: the scale factors, if there are any.
@@ -69,8 +69,8 @@ class DispatchPlan(NamedTuple):
     launch: Launch
     args: LlDispatchArgs
     parts: StateParts
-    kept: tuple[int, int, int, int]
-    results: tuple[int, int, int, int]
+    for_combine: tuple[int, int, int, int]
+    for_user: tuple[int, int, int, int]
     state: torch.Tensor
     recv_x: torch.Tensor
     sf: SfView | None
@@ -108,7 +108,7 @@ class DispatchPlan(NamedTuple):
             sf = SfView(sf_format.dtype, (num_local, room, num_sf), (num_sf * room, 1, room), parts.recv_sf)
         state, recv_x = _like((parts.end,), torch.int32, device), _like((num_local, room, hidden), dtype, device)
         launch = Launch(kernel, grid.num_blocks, grids.table_bytes, ctypes.addressof(args))
-        return cls(launch, args, parts, parts.kept, parts.results, state, recv_x, sf)
+        return cls(launch, args, parts, parts.for_combine, parts.for_user, state, recv_x, sf)
 
 
 class CombinePlan(NamedTuple):

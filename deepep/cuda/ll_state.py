@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,13 +46,13 @@ class StateParts(NamedTuple):
         return cls(*places)
 
     @property
-    def kept(self) -> tuple[int, int, int, int]:
-        """First bytes of what combine needs, in the order of `LlCommon`, behind the epoch: headers, top-k, routes."""
+    def for_combine(self) -> tuple[int, int, int, int]:
+        """Byte offsets of what combine needs, in the order of `LlCommon`, behind the epoch: headers, top-k, routes."""
         return 4 * _STATE_ALIGNMENT, 4 * self.home_topk, 4 * self.routes, 4 * self.route_weights
 
     @property
-    def results(self) -> tuple[int, int, int, int]:
-        """First bytes of what the user gets, in the order of `LlDispatchArgs`."""
+    def for_user(self) -> tuple[int, int, int, int]:
+        """Byte offsets of what the user gets, in the order of `LlDispatchArgs`."""
         return 4 * self.recv_sf, 4 * self.recv_count, 4 * self.src_info, 4 * self.layout_range
 
 
@@ -61,12 +60,15 @@ class NextBlock:
     """Blocks for dispatches, each allocated behind the launch before its own, where the GPU need not wait for it.
 
     So on the default stream only: memory belongs to the stream that it was allocated on, and what a graph uses must
-    come from the graph's own pool. No graph is captured on that stream.
+    come from the graph's own pool. No graph is captured on that stream. Only a call of the same plan as the one before
+    gains, which is what the layers of a model make. One block more is held meanwhile; if the call before was made
+    within a memory pool of the user's, it is of that pool.
     """
 
     def __init__(self) -> None:
         self._like: torch.Tensor | None = None
         self._block: torch.Tensor | None = None
+        self._is_tight = False
 
     def take(self, like: torch.Tensor, stream: int) -> torch.Tensor:
         """Give a block of the size of another for a dispatch on a stream."""
@@ -78,10 +80,13 @@ class NextBlock:
 
     def allocate(self, like: torch.Tensor, stream: int) -> None:
         """Have one ready that a dispatch on the same stream is likely to ask for."""
-        if stream == _DEFAULT_STREAM:
-            self._block = None  # before there are two
-            with contextlib.suppress(torch.OutOfMemoryError):  # the next dispatch will say so, if it is still true
-                self._like, self._block = like, torch.empty_like(like)
+        if stream != _DEFAULT_STREAM or self._is_tight:
+            return
+        self._block = None  # before there are two
+        try:
+            self._like, self._block = like, torch.empty_like(like)
+        except torch.OutOfMemoryError:
+            self._is_tight = True  # the next dispatch will say so, if it is still true
 
 
 @quickly_made

@@ -62,7 +62,7 @@ void begin(Launch& launch) {
         block->entry = launch.entry, block->args = launch.args.data();
         block->warps.resize(launch.threads / kWarp);
         block->known.resize(launch.threads / kWarp);
-        for (uint32_t warp = 0; warp < block->known.size(); ++warp) block->known[warp].clock.of[warp] = 1;
+        for (uint32_t warp = 0; warp < block->known.size(); ++warp) block->known[warp].of[warp] = 1;
         block->smem = launch.smem + 1, block->dynamic_shared = take_shared(block->smem);
         block->fibers.resize(launch.threads);
         for (uint32_t thread = 0; thread < launch.threads; ++thread) {
@@ -156,7 +156,7 @@ bool arrive(Meeting& meeting, uint32_t num_threads) {
     meeting.arrived = 0;
     meeting.any[(meeting.generation + 1) % 2] = 0;
     meeting.generation += 1;
-    learn(*current->block, meeting.told);
+    if (meeting.told.came != 0) learn(*current->block, meeting.told);
     return true;
 }
 
@@ -177,12 +177,18 @@ const uint64_t* exchange(uint64_t value, int place) {
     return meeting.slots[which];
 }
 
+void sync_warp(int place) {
+    exchange(0, place);
+    current->num_syncs += 1;
+}
+
 bool barrier(uint32_t number, uint32_t num_threads, bool is_so) {
     Meeting& meeting = current->block->barriers[number];
     const uint32_t which = meeting.generation % 2;
     if (is_so) meeting.any[which] = 1;
     tell(meeting.told, true);
     meet(meeting, num_threads);
+    current->num_syncs += 1;
     return meeting.any[which] != 0;
 }
 

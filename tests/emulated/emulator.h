@@ -50,6 +50,7 @@ struct Fiber {
     const uint32_t* waits_for = nullptr;  // to be no longer `last`
     uint32_t last = 0;
     uint32_t num_groups = 0;  // of bulk stores
+    uint32_t num_syncs = 0;   // that order it after other lanes of its warp
 };
 
 struct Block {
@@ -60,7 +61,7 @@ struct Block {
     std::vector<Fiber> fibers;
     Meeting barriers[16];
     std::vector<Meeting> warps;
-    std::vector<Known> known;  // by each of them
+    std::vector<Clock> known;  // by each of them
     std::map<std::pair<int, size_t>, void*> shared;
     void* dynamic_shared = nullptr;
 };
@@ -84,6 +85,7 @@ struct Index {
 
 // A warp's threads hand each other a value; all have to come to the same place.
 const uint64_t* exchange(uint64_t value, int place);
+void sync_warp(int place);
 bool barrier(uint32_t number, uint32_t num_threads, bool is_so = false);
 void arrive(uint32_t number, uint32_t num_threads);
 
@@ -215,7 +217,7 @@ uint32_t match_any(T value, int place) {
 #define gridDim (emu::Index{emu::current->block->grid})
 #define blockDim (emu::Index{emu::current->block->threads})
 #define __syncthreads() emu::barrier(0, blockDim.x)
-#define __syncwarp() ((void)emu::exchange(0, __COUNTER__))
+#define __syncwarp() emu::sync_warp(__COUNTER__)
 #define __ballot_sync(mask, is_so) emu::ballot(is_so, __COUNTER__)
 #define __reduce_or_sync(mask, value) emu::reduce_or(value, __COUNTER__)
 #define __reduce_max_sync(mask, value) emu::reduce_max(value, __COUNTER__)

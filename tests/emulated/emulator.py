@@ -41,16 +41,14 @@ class EmulationError(RuntimeError):
 
 
 @functools.cache
-def announcing() -> list[str]:
-    """Give the options that let the compiler announce accesses, see races.h; none, and no race is found, if it cannot.
-
-    (GCC can, and other compilers have other options.)
-    """
+def watch_options() -> list[str]:
+    """Give the options by which GCC announces accesses, see races.h; none with other compilers: no race is found."""
     options = ["-fsanitize=thread", "--param=tsan-distinguish-volatile=1"]
+    probe = b"int look(volatile int* at) { return *at; }"
     tried = subprocess.run(
-        [str(COMPILER), *options, "-fsyntax-only", "-xc++", "-"], input=b"", capture_output=True, check=False
+        [str(COMPILER), *options, "-S", "-o-", "-xc++", "-"], input=probe, capture_output=True, check=False
     )
-    return options if tried.returncode == 0 else []
+    return options if b"__tsan_volatile_read4" in tried.stdout else []
 
 
 class Emulator:
@@ -154,7 +152,7 @@ def _compile(directory: Path, build: Build, has_bulk_copies: bool) -> Path:
     objects, running = [], []
     for unit in units:
         objects.append(directory / f"{unit.stem}.o")
-        more = ["-g1", *announcing()] if unit.parent == directory else []
+        more = ["-g1", *watch_options()] if unit.parent == directory else []
         running.append(subprocess.Popen([str(COMPILER), *flags, *more, "-c", str(unit), "-o", str(objects[-1])]))
     codes = [one.wait() for one in running]
     if any(codes):

@@ -21,19 +21,28 @@ struct Access {
 };
 
 struct Word {
+    uint32_t number;  // of the memory it was part of when it was touched
     Access write;
     Access reads[kMostWarps];
 };
 
-Word* words = nullptr;
+constexpr size_t kChunk = 128;
+uint32_t numbers[kSharedBytes / kChunk];  // of the memory that each chunk is part of
+uint32_t num_taken = 0;
 
+// What is known of a word; nothing of what the memory before it held.
 Word& word_at(size_t offset) {
+    static Word* words = nullptr;
     if (words == nullptr) {
         const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-        const size_t size = kSharedBytes / 4 * sizeof(Word);
-        words = static_cast<Word*>(mmap(nullptr, size, PROT_READ | PROT_WRITE, flags, -1, 0));
+        void* memory = mmap(nullptr, kSharedBytes / 4 * sizeof(Word), PROT_READ | PROT_WRITE, flags, -1, 0);
+        if (memory == MAP_FAILED) fail("no room to remember who touched shared memory");
+        words = static_cast<Word*>(memory);
     }
-    return words[offset / 4];
+    Word& word = words[offset / 4];
+    const uint32_t number = numbers[offset / kChunk];
+    if (word.number != number) word = {}, word.number = number;
+    return word;
 }
 
 uint32_t code_offset(const void* pc) {
@@ -56,59 +65,69 @@ bool is_ordered(const Access& before, const Access& now, const Clock& known) {
     return before.order != now.order || before.lane == now.lane;
 }
 
+void read(Word& word, const Access& now, const Clock& known) {
+    const bool is_own = word.write.lane == kSeveral && word.write.warp == now.warp;
+    if (!is_own && !is_ordered(word.write, now, known)) report(word.write, "written", now);
+    Access& last = word.reads[now.warp];
+    const bool is_one_of_several = last.clock == now.clock && last.order == now.order && last.lane != now.lane;
+    last = now;
+    if (is_one_of_several) last.lane = kSeveral;
+}
+
+void write(Word& word, const Access& now, const Clock& known) {
+    const Access& last = word.write;
+    const bool is_one_of_several = last.warp == now.warp && last.pc == now.pc && last.order == now.order &&
+                                   last.clock == now.clock && last.lane != now.lane;
+    if (!is_one_of_several && !is_ordered(last, now, known)) report(last, "written", now);
+    for (Access& before : word.reads) {
+        if (!is_ordered(before, now, known)) report(before, "read", now);
+        before.clock = 0;
+    }
+    word.write = now;
+    if (is_one_of_several) word.write.lane = kSeveral;
+}
+
 void touch(const void* memory, size_t size, bool is_write, const void* pc) {
     const size_t offset = static_cast<const char*>(memory) - shared_arena();
     if (offset >= kSharedBytes || current == nullptr) return;
-    const uint32_t warp = current->thread / kWarp;
-    const Known& known = current->block->known[warp];
-    const uint32_t order = current->block->warps[warp].generation + known.num_barriers;
-    const Access now = {known.clock.of[warp], order, code_offset(pc), static_cast<uint8_t>(warp),
-                        static_cast<uint8_t>(current->thread % kWarp)};
+    const uint32_t warp = current->thread / kWarp, lane = current->thread % kWarp;
+    const Clock& known = current->block->known[warp];
+    const Access now = {known.of[warp], current->num_syncs, code_offset(pc), static_cast<uint8_t>(warp),
+                        static_cast<uint8_t>(lane)};
     for (size_t at = offset / 4 * 4; at < offset + size; at += 4) {
-        Word& word = word_at(at);
-        // Lanes that store at once are taken to store the same.
-        const bool is_same_store = is_write && word.write.warp == warp && word.write.pc == now.pc;
-        if (!is_same_store && !is_ordered(word.write, now, known.clock)) report(word.write, "written", now);
-        if (!is_write) {
-            Access& read = word.reads[warp];
-            const bool is_shared = read.clock == now.clock && read.order == order && read.lane != now.lane;
-            read = now;
-            if (is_shared) read.lane = kSeveral;
-            continue;
-        }
-        for (Access& read : word.reads) {
-            if (!is_ordered(read, now, known.clock)) report(read, "read", now);
-            read.clock = 0;
-        }
-        word.write = now;
+        is_write ? write(word_at(at), now, known) : read(word_at(at), now, known);
     }
 }
 
 }  // namespace
 
 void tell(Told& told, bool waits) {
-    const uint32_t warp = current->thread / kWarp;
-    told.clock.join(current->block->known[warp].clock);
-    told.came |= 1u << warp;
-    if (waits) told.waits |= 1u << warp;
+    const uint32_t warp = current->thread / kWarp, bit = 1u << warp;
+    Clock& known = current->block->known[warp];
+    if (waits) {
+        told.clock.join(known);
+    } else if ((told.came & bit) == 0) {
+        // Its lanes came together, and what they do from now on nobody is told of.
+        told.clock.join(known);
+        known.of[warp] += 1;
+    }
+    told.came |= bit;
+    if (waits) told.waits |= bit;
 }
 
 void learn(Block& block, Told& told) {
     for (uint32_t warp = 0; warp < kMostWarps; ++warp) {
-        if ((told.came >> warp & 1) == 0) continue;
-        Known& known = block.known[warp];
-        if (told.waits >> warp & 1) {
-            known.clock.join(told.clock);
-            known.num_barriers += 1;
-        }
-        known.clock.of[warp] += 1;
+        if ((told.waits >> warp & 1) == 0) continue;
+        block.known[warp].join(told.clock);
+        block.known[warp].of[warp] += 1;
     }
     told = {};
 }
 
 void forget(const void* memory, size_t size) {
     const size_t offset = static_cast<const char*>(memory) - shared_arena();
-    memset(&word_at(offset), 0, (size + 3) / 4 * sizeof(Word));
+    num_taken += 1;
+    for (size_t at = offset / kChunk; at * kChunk < offset + size; ++at) numbers[at] = num_taken;
 }
 
 }  // namespace emu

@@ -1,7 +1,7 @@
 // Races for shared memory: two threads of a block touch the same word, one of them writes, and no barrier is between.
-// The compiler is asked to announce every access (as for ThreadSanitizer, of which nothing else is here); atomic and
-// volatile ones, bulk copies and global memory are left out. Warps are in order by barriers, lanes by what a warp does
-// together.
+// The compiler is asked to announce every access (as for ThreadSanitizer, of which nothing else is here). Left out are
+// atomic and volatile ones, calls of memset and memcpy, bulk copies, and global memory; lanes that store to one word at
+// once are taken to store the same. Words are 4 bytes: neighbours in one count as the same.
 #pragma once
 
 #include <stddef.h>
@@ -21,12 +21,6 @@ struct Clock {
             if (of[warp] < other.of[warp]) of[warp] = other.of[warp];
         }
     }
-};
-
-// What a warp knows; `num_barriers` orders its lanes.
-struct Known {
-    Clock clock;
-    uint32_t num_barriers = 0;
 };
 
 // What those who come to a barrier tell those who wait there.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from broken import compile_broken
-from emulator import COMPILER, EmulationError, Emulator, announcing
+from emulator import COMPILER, EmulationError, Emulator, watch_options
 from translate import translate
 from world import Step, World
 
@@ -45,13 +45,14 @@ _COUNTS = "await_counts(args, call, threadIdx.x + kLlThreads"
         ("turn ^= 1", "turn ^= 0", RACE, 2),
         ("if (awaits_weights) team.sync();\n            awaits", "awaits", RACE, 2),
         ("debt, terms);\n            team.sync();", "debt, terms);", RACE, 24),
+        ("sync_threads(kListBarriers + team.index, kMostChoices);\n    const", "const", RACE, 2),
         (_COUNTS, f"if (threadIdx.x == 7) return;\n{_COUNTS}", "wait for each other", 24),
     ],
 )
 def test_broken_kernels_are_noticed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str, instead: str, message: str | None, num_sms: int
 ) -> None:
-    if message == RACE and not announcing():
+    if message == RACE and not watch_options():
         pytest.skip("the compiler cannot announce accesses to memory")
     emulator = compile_broken(monkeypatch, line, instead, lambda: Emulator(tmp_path))
     world = World(monkeypatch, emulator, Shape(2, 4, 2, 9, 256), num_sms)

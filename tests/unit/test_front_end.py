@@ -11,6 +11,7 @@ import torch
 from scenes import BF16, E, H, M, Outcome, Scene, assert_says, attempt
 
 import deepep
+from deepep.backends.base import Layout, Reduction
 from deepep.testing.launch import Workers
 from deepep.topology import Topology
 
@@ -239,3 +240,54 @@ def ask_for_input_buffers(group: Any) -> list[Outcome]:
 def test_unknown_names_are_attribute_errors() -> None:
     with pytest.raises(AttributeError, match="HybridEPBuffer"):
         _ = deepep.HybridEPBuffer
+
+
+def test_low_latency_requests_hold_what_was_passed(pair: Workers) -> None:
+    assert pair.run(look_at_requests) == [[], []]
+
+
+def look_at_requests(group: Any) -> list[str]:
+    """Low latency makes requests by position: fields that hold something else than their name says."""
+    scene = Scene(deepep.Buffer(group, backend="reference"))
+    buffer, num_local = scene.buffer, E // group.size()
+    rows, _, handle, _, _ = scene.ll_dispatch(use_fp8=False)
+    received, waited = torch.zeros(num_local, dtype=torch.int32), torch.zeros(group.size(), dtype=torch.int64)
+    out = torch.zeros_like(scene.x)
+    seen: list[Any] = []
+
+    class Seen(Exception):
+        pass
+
+    def note(_op: str, _backend: Any, request: Any, *_: Any) -> None:
+        seen.append(request)
+        raise Seen
+
+    buffer._dispatch = buffer._combine = note
+    with pytest.raises(Seen):
+        buffer.low_latency_dispatch(
+            scene.x, scene.topk_idx, M, E, received, waited, use_fp8=False, return_recv_hook=True,
+            topk_weights=scene.topk_weights,
+        )  # fmt: skip
+    with pytest.raises(Seen):
+        buffer.low_latency_combine(
+            rows, scene.topk_idx, scene.topk_weights, handle, False, True, False, True, out, waited,
+            reduction="per_copy",
+        )  # fmt: skip
+    given: list[dict[str, Any]] = [
+        {
+            "x": scene.x, "sf": None, "topk_idx": scene.topk_idx, "topk_weights": scene.topk_weights, "num_experts": E,
+            "num_max_tokens_per_rank": M, "layout": Layout.PADDED, "sf_format": None, "split_phases": True,
+            "cumulative_local_expert_recv_stats": received, "wait_recv_cost_stats": waited,
+        },
+        {
+            "x": rows, "routing": handle.routing, "scale_topk_idx": scene.topk_idx,
+            "scale_topk_weights": scene.topk_weights, "reduction": Reduction.PER_COPY, "use_logfmt": False,
+            "zero_copy": True, "out": out, "split_phases": True, "wait_recv_cost_stats": waited,
+        },
+    ]  # fmt: skip
+    return [
+        name
+        for fields, request in zip(given, seen, strict=True)
+        for name, value in fields.items()
+        if getattr(request, name) is not value
+    ]

@@ -80,7 +80,8 @@ struct LlCommon {
     uint32_t num_tokens;     // T of this rank
     uint32_t team_threads;   // threads that work on one row together: a power of two, whole warps
     uint32_t is_shrinkable;  // a rank that does not arrive is masked and not reported
-    uint64_t wait_stats;     // [R] int64 microseconds, or null
+    // From here to the last pointer of dispatch's or combine's own arguments the host writes at once.
+    uint64_t wait_stats;  // [R] int64 microseconds, or null
     // Of one dispatch, for its second phase and its combines.
     uint64_t call_epoch;     // [1]
     uint64_t sources;        // [R] headers as they came

@@ -101,6 +101,7 @@ __device__ DEEPEP_ONE_PLACE void sync_threads(uint32_t barrier, uint32_t num_thr
     __syncwarp();  // the barrier takes whole warps
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
 }
+#undef DEEPEP_ONE_PLACE
 
 // Come to such a barrier, and do not wait for the others.
 __device__ __forceinline__ void arrive_threads(uint32_t barrier, uint32_t num_threads) {
