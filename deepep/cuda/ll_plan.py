@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from typing import NamedTuple
 
 import torch
 
+from deepep.cuda.like import like
 from deepep.cuda.ll_grid import Grids
 from deepep.cuda.ll_state import StateParts
 from deepep.cuda.ll_structs import RECV, SEND, LlCombineArgs, LlCommon, LlDispatchArgs, Shape, magic
@@ -61,7 +61,7 @@ class DispatchPlan(NamedTuple):
         parts: where the parts of the state are.
         for_combine: byte offsets of those that combine needs, see `StateParts`.
         for_user: byte offsets of those that the user gets.
-        state: what to allocate for it, see `_like`.
+        state: what to allocate for it, see `like`.
         recv_x: the same for the rows, [L, R*M, H].
         sf: the scale factors, if there are any.
     """
@@ -106,7 +106,7 @@ class DispatchPlan(NamedTuple):
         if sf_format is not None:
             dtype = FP8_DTYPE
             sf = SfView(sf_format.dtype, (num_local, room, num_sf), (num_sf * room, 1, room), parts.recv_sf)
-        state, recv_x = _like((parts.end,), torch.int32, device), _like((num_local, room, hidden), dtype, device)
+        state, recv_x = like((parts.end,), torch.int32, device), like((num_local, room, hidden), dtype, device)
         launch = Launch(kernel, grid.num_blocks, grids.table_bytes, ctypes.addressof(args))
         return cls(launch, args, parts, parts.for_combine, parts.for_user, state, recv_x, sf)
 
@@ -117,7 +117,7 @@ class CombinePlan(NamedTuple):
     Attributes:
         launch: as a dispatch's.
         args: likewise.
-        out: what to allocate for the result, [T, H]; see `_like`.
+        out: what to allocate for the result, [T, H]; see `like`.
     """
 
     launch: Launch
@@ -153,19 +153,8 @@ class CombinePlan(NamedTuple):
             home_parts_magic=magic(grid.home_parts),
         )
         _set_first_launch(args.common, grid.team, num_tokens, split_phases)
-        out = _like((num_tokens, common.shape.hidden), torch.bfloat16, device)
+        out = like((num_tokens, common.shape.hidden), torch.bfloat16, device)
         return cls(Launch(kernel, grid.num_blocks, 0, ctypes.addressof(args)), args, out)
-
-
-def _like(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Give `torch.empty_like` what it takes a size from: quicker than from numbers. One element, shown everywhere."""
-    return _element(dtype, device).expand(shape)
-
-
-@functools.cache
-def _element(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Give the same one to all plans: made inside a graph capture, it would hold on to that graph's memory."""
-    return torch.empty(1, dtype=dtype, device=device)
 
 
 def _set_first_launch(common: LlCommon, team: int, num_tokens: int, split_phases: bool) -> None:
