@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-_TWO_WAYS = "async_finish and return_recv_hook exclude each other"
 _REDUCTIONS = {item.value: item for item in Reduction}
 
 # Of which a low-latency window is made.
@@ -128,10 +127,8 @@ class LowLatencyMixin(_Base):
                 name, shape = "cumulative_local_expert_recv_stats", (num_experts // self.group_size,)
                 check_written(op, name, recv_stats, torch.int32, shape, device)
             if wait_stats is not None:
-                name = "dispatch_wait_recv_cost_stats"
-                check_written(op, name, wait_stats, torch.int64, (self.group_size,), device)
-            if async_finish and return_recv_hook:
-                raise InvalidArgument(f"{op}: {_TWO_WAYS}")
+                self._check_wait_stats(op, "dispatch_wait_recv_cost_stats", wait_stats, device)
+            _check_phases(op, async_finish, return_recv_hook)
             sf_format = _sf_format(op, hidden, use_fp8, round_scale, use_ue8m0)
             request = DispatchRequest(
                 x, None, topk_idx, topk_weights, num_experts, max_tokens, Layout.PADDED, sf_format, return_recv_hook,
@@ -206,10 +203,8 @@ class LowLatencyMixin(_Base):
                 raise InvalidArgument(f"{op}: reduction is {reduction!r}; it must be 'per_rank' or 'per_copy'")
             wait_stats = combine_wait_recv_cost_stats
             if wait_stats is not None:
-                name = "combine_wait_recv_cost_stats"
-                check_written(op, name, wait_stats, torch.int64, (self.group_size,), device)
-            if async_finish and return_recv_hook:
-                raise InvalidArgument(f"{op}: {_TWO_WAYS}")
+                self._check_wait_stats(op, "combine_wait_recv_cost_stats", wait_stats, device)
+            _check_phases(op, async_finish, return_recv_hook)
             request = CombineRequest(
                 x, routing, topk_idx, topk_weights, added, use_logfmt, zero_copy, out, return_recv_hook, wait_stats
             )
@@ -264,6 +259,14 @@ class LowLatencyMixin(_Base):
     def _shrinkable(self, op: str) -> None:
         if not self.enable_shrink:
             raise InvalidArgument(f"{op}: masks need Buffer(..., enable_shrink=True)")
+
+    def _check_wait_stats(self, op: str, name: str, stats: torch.Tensor, device: torch.device) -> None:
+        check_written(op, name, stats, torch.int64, (self.group_size,), device)
+
+
+def _check_phases(op: str, async_finish: bool, return_recv_hook: bool) -> None:
+    if async_finish and return_recv_hook:
+        raise InvalidArgument(f"{op}: async_finish and return_recv_hook exclude each other")
 
 
 def _check_logfmt(op: str, hidden: int, zero_copy: bool) -> None:

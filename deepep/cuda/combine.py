@@ -9,6 +9,7 @@ from deepep.cuda.arguments import CombineArgs
 from deepep.cuda.combine_plan import plan_of
 from deepep.cuda.engine import Engine
 from deepep.cuda.launch import aligned
+from deepep.cuda.like import empty
 from deepep.errors import UnsupportedOperation
 
 
@@ -24,13 +25,14 @@ def combine(engine: Engine, request: CombineRequest) -> CombineResult:
     x = aligned(request.x)
     plan = plan_of(engine, request, x)
     args = CombineArgs.from_buffer_copy(plan.args)
+    num_tokens = routing.dst_rank.shape[0]
     out = request.out
     if out is None:
-        out = torch.empty_like(plan.out)
+        out = empty((num_tokens, x.shape[1]), x.dtype, x.device)
     given, weights = request.topk_weights, None
     if given is not None:
         given = given.contiguous()
-        weights = torch.empty((out.shape[0], plan.num_topk), dtype=torch.float32, device=x.device)
+        weights = empty((num_tokens, plan.num_topk), torch.float32, x.device)
         args.topk_weights, args.out_weights = given.data_ptr(), weights.data_ptr()
     biases = [aligned(bias) for bias in request.bias]
     for name, bias in zip(("bias0", "bias1"), biases, strict=False):

@@ -11,7 +11,6 @@ from deepep.backends.base import CombineRequest, Layout, Reduction, WeightSource
 from deepep.cuda import jit, kernels
 from deepep.cuda.arguments import NO_ENTRY, NUM_AGREED, PASS_TOKENS, CombineArgs
 from deepep.cuda.engine import Engine, place_in_window
-from deepep.cuda.like import like
 from deepep.cuda.status import dtype_word, op_word
 from deepep.cuda.window import NUM_FLAGS, NUM_PASSES
 from deepep.errors import InvalidArgument
@@ -33,7 +32,6 @@ class CombinePlan:
         num_threads: of a CTA.
         smem: bytes of dynamic shared memory.
         num_topk: K of the weights that come home.
-        out: what to allocate for the result, [T, H]; see `like`.
     """
 
     args: CombineArgs
@@ -42,7 +40,6 @@ class CombinePlan:
     num_threads: int
     smem: int
     num_topk: int
-    out: torch.Tensor
 
 
 def plan_of(engine: Engine, request: CombineRequest, x: torch.Tensor) -> CombinePlan:
@@ -91,8 +88,7 @@ def _plan(engine: Engine, request: CombineRequest, x: torch.Tensor) -> CombinePl
     smem = 0 if sums or not must_stage else kernels.pipe_bytes(args.cut)
     spec = kernels.COMBINE[_KINDS[x.dtype], sums]
     num_threads = 32 * kernels.COMBINE_WARPS[sums]
-    out = like((num_tokens, x.shape[1]), x.dtype, x.device)
-    return CombinePlan(args, spec, engine.num_sms(request.num_sms), num_threads, smem, num_topk, out)
+    return CombinePlan(args, spec, engine.num_sms(request.num_sms), num_threads, smem, num_topk)
 
 
 def _num_topk(request: CombineRequest) -> int:

@@ -18,6 +18,7 @@ from deepep.cuda.arguments import DispatchArgs
 from deepep.cuda.dispatch_plan import Plan, plan_of
 from deepep.cuda.engine import Engine
 from deepep.cuda.launch import aligned
+from deepep.cuda.like import empty
 from deepep.errors import InvalidArgument
 
 
@@ -137,7 +138,7 @@ class _Dispatch:
         """Point to inputs of notify, and to its outputs: one block, for one allocation; they belong to one handle."""
         request, plan, args = self.request, self.plan, self.args
         parts = plan.parts
-        block = torch.empty_like(plan.block)
+        block = empty((parts.end,), torch.int32, self.device)
         address = block.data_ptr()
         args.dst_rank, args.dst_row = address, address + 4 * parts.dst_row
         args.psum_ranks, args.counts_out = address + 4 * parts.psum, address + 4 * parts.counts
@@ -202,19 +203,14 @@ class _Dispatch:
 
     def _receive(self, num_rows: int, *, is_cleared: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Allocate payload and scale factors."""
-        plan, args, recv_sf = self.plan, self.args, None
-        if plan.recv_x is not None:
-            make = torch.zeros_like if is_cleared else torch.empty_like
-            recv_x = make(plan.recv_x)
-            if plan.recv_sf is not None:
-                recv_sf = make(plan.recv_sf)
-        else:
-            recv_x = torch.empty((num_rows, plan.args.hidden), dtype=plan.recv_dtype, device=self.device)
-            if plan.sf_dtype is not None:
-                recv_sf = torch.empty((num_rows, plan.args.num_sf), dtype=plan.sf_dtype, device=self.device)
+        plan, args = self.plan, self.args
+        make = torch.zeros if is_cleared else torch.empty if plan.is_exact else empty
+        recv_x = make((num_rows, plan.args.hidden), dtype=plan.recv_dtype, device=self.device)
         args.recv_x = recv_x.data_ptr()
-        if recv_sf is not None:
-            args.recv_sf = recv_sf.data_ptr()
+        if plan.sf_dtype is None:
+            return recv_x, None
+        recv_sf = make((num_rows, plan.args.num_sf), dtype=plan.sf_dtype, device=self.device)
+        args.recv_sf = recv_sf.data_ptr()
         return recv_x, recv_sf
 
     def _receive_metadata(self, num_compact: int, num_rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -12,7 +12,6 @@ from deepep.backends.base import DispatchRequest, Layout
 from deepep.cuda import kernels
 from deepep.cuda.arguments import FLAG_ROWS, MAX_TOPK, NO_ENTRY, POSITION_BITS, Cut, DispatchArgs
 from deepep.cuda.engine import Engine, place_in_window
-from deepep.cuda.like import like
 from deepep.cuda.status import dtype_word, op_word
 from deepep.cuda.window import MAX_LOCAL_EXPERTS, NUM_FLAGS, NUM_PASSES, metadata_row_bytes
 from deepep.errors import InvalidArgument
@@ -60,9 +59,6 @@ class Plan:
         parts: of the block that holds what notify writes.
         notify_threads: of a CTA of notify.
         pull_threads: of a CTA of the kernel that fetches.
-        block: what to allocate for what notify writes; see `like`.
-        recv_x: the same for rows whose number is known.
-        recv_sf: the same for their scale factors, if there are any.
     """
 
     args: DispatchArgs
@@ -85,9 +81,6 @@ class Plan:
     parts: Parts
     notify_threads: int
     pull_threads: int
-    block: torch.Tensor
-    recv_x: torch.Tensor | None
-    recv_sf: torch.Tensor | None
 
 
 def plan_of(engine: Engine, request: DispatchRequest) -> Plan:
@@ -145,18 +138,13 @@ class _Planner:
         notify_cut, notify_smem = self._divide_notify()
         is_cast = request.sf_format is not None
         sf_dtype = request.sf_format.dtype if request.sf_format else None if request.sf is None else request.sf.dtype
-        recv_dtype, parts, device = quant.FP8_DTYPE if is_cast else request.x.dtype, self._parts(), request.x.device
-        recv_x = recv_sf = None
-        if not self.is_exact:
-            recv_x = like((num_rows, self.hidden), recv_dtype, device)
-            recv_sf = None if sf_dtype is None else like((num_rows, int(args.num_sf)), sf_dtype, device)
         return Plan(
             args, notify_cut, notify_smem, kernels.pipe_bytes(args.cut), engine.num_sms(request.num_sms),
             self.num_topk, self.num_slots, self.num_local, self.is_cached, self.is_exact, self.is_expanded,
-            num_compact, num_rows, recv_dtype, sf_dtype, int(args.cut.row_bytes) + 4 * int(args.num_sf), self.copied,
-            parts, 32 * int(args.num_walkers + notify_cut.num_warps),
-            32 * int(args.cut.num_warps + kernels.NUM_CLERK_WARPS), like((parts.end,), torch.int32, device),
-            recv_x, recv_sf,
+            num_compact, num_rows, quant.FP8_DTYPE if is_cast else request.x.dtype, sf_dtype,
+            int(args.cut.row_bytes) + 4 * int(args.num_sf), self.copied,
+            self._parts(), 32 * int(args.num_walkers + notify_cut.num_warps),
+            32 * int(args.cut.num_warps + kernels.NUM_CLERK_WARPS),
         )  # fmt: skip
 
     def _parts(self) -> Parts:

@@ -31,7 +31,6 @@ from deepep.cuda.ll_state import LlRouting, NextBlock, Sent, identity
 from deepep.cuda.ll_structs import Division, LlCleanArgs, LlCombineArgs, LlCommon, LlDispatchArgs, LlShape, Shape, magic
 from deepep.errors import BufferDestroyed, InvalidArgument
 from deepep.stream import tensors_in
-from deepep.validate import ROW_BYTES_MULTIPLE
 
 _MOST_PLANS = 256
 
@@ -129,28 +128,23 @@ class LowLatencyEngine:
 
     def dispatch(self, request: DispatchRequest, num_tokens: int) -> DispatchResult:
         """Serve a padded dispatch request of T tokens."""
-        x = request.x
-        rows = x.data_ptr()
-        if rows % ROW_BYTES_MULTIPLE:
-            x = aligned(x)
-            rows = x.data_ptr()
+        x = aligned(request.x)
         plan = self._plan_dispatch(num_tokens, request.num_sms, request.sf_format, request.split_phases, x.device)
         stream = current_stream(self.device)
         state, recv_x = self._next_block.take(plan.state, stream), torch.empty_like(plan.recv_x)
         at = state.data_ptr()
-        sources, home_topk, routes, route_weights = plan.for_combine
-        recv_sf, recv_count, src_info, layout_range = plan.for_user
+        sources, home_topk, routes, route_weights, layout_range, src_info, recv_count, recv_sf, _ = plan.parts
         addresses = (at, at + sources, at + home_topk, at + routes, at + route_weights)
         ll_structs.write_dispatch_call(
             plan.args, ll_structs.CALL_OFFSET, _pointer(request.wait_recv_cost_stats), *addresses,
-            rows, _pointer(request.topk_idx), _pointer(request.topk_weights), recv_x.data_ptr(),
+            x.data_ptr(), _pointer(request.topk_idx), _pointer(request.topk_weights), recv_x.data_ptr(),
             at + recv_sf, at + recv_count, at + src_info, at + layout_range,
             _pointer(request.cumulative_local_expert_recv_stats),
         )  # fmt: skip
         self._launch(plan.launch, stream)
         # All else is made while the kernel runs.
         self._next_block.allocate(plan.state, stream)
-        finish, shape, parts = None, self.shape, plan.parts
+        finish, shape = None, self.shape
         if request.split_phases:
             finish = _SecondPhase.of(self, plan, stream, (request, x, recv_x, state))
         num_local, room = shape.num_local_experts, shape.num_ranks * shape.num_max_tokens
@@ -159,12 +153,12 @@ class LowLatencyEngine:
             sf=None if plan.sf is None else plan.sf.of(state),
             topk_idx=None,
             topk_weights=None,
-            num_recv_tokens_per_expert=state.as_strided((num_local,), (1,), parts.recv_count),
+            num_recv_tokens_per_expert=state.as_strided((num_local,), (1,), recv_count // 4),
             num_recv_tokens_per_expert_list=[],
             routing=self._routing(request, LlRouting.of(request, state, addresses, shape, num_tokens)),
-            src_info=state.as_strided((num_local, room), (room, 1), parts.src_info),
+            src_info=state.as_strided((num_local, room), (room, 1), src_info // 4),
             layout_range=state.view(torch.int64).as_strided(
-                (num_local, shape.num_ranks), (shape.num_ranks, 1), parts.layout_range // 2
+                (num_local, shape.num_ranks), (shape.num_ranks, 1), layout_range // 8
             ),
             finish=finish,
         )
@@ -179,16 +173,13 @@ class LowLatencyEngine:
         plan = self._plan_combine(
             routing.num_tokens, request.num_sms, is_per_copy, request.use_logfmt, sent is not None, split_phases, device
         )
-        out, rows = request.out, x.data_ptr()
-        if rows % ROW_BYTES_MULTIPLE:
-            x = aligned(x)
-            rows = x.data_ptr()
+        out, x = request.out, aligned(x)
         if out is None:
             out = torch.empty_like(plan.out)
         epoch = torch.empty(1, dtype=torch.int32, device=device) if split_phases else None
         ll_structs.write_combine_call(
             plan.args, ll_structs.CALL_OFFSET, _pointer(request.wait_recv_cost_stats), *routing.addresses,
-            rows, _pointer(request.scale_topk_idx), _pointer(request.scale_topk_weights), out.data_ptr(),
+            x.data_ptr(), _pointer(request.scale_topk_idx), _pointer(request.scale_topk_weights), out.data_ptr(),
             _pointer(epoch),
         )  # fmt: skip
         stream = current_stream(self.device)

@@ -59,8 +59,6 @@ class DispatchPlan(NamedTuple):
         launch: of the whole call, or of its first phase.
         args: what it takes, lacking only pointers. Launches copy them, so one struct serves all calls.
         parts: where the parts of the state are.
-        for_combine: byte offsets of those that combine needs, see `StateParts`.
-        for_user: byte offsets of those that the user gets.
         state: what to allocate for it, see `like`.
         recv_x: the same for the rows, [L, R*M, H].
         sf: the scale factors, if there are any.
@@ -69,8 +67,6 @@ class DispatchPlan(NamedTuple):
     launch: Launch
     args: LlDispatchArgs
     parts: StateParts
-    for_combine: tuple[int, int, int, int]
-    for_user: tuple[int, int, int, int]
     state: torch.Tensor
     recv_x: torch.Tensor
     sf: SfView | None
@@ -105,10 +101,10 @@ class DispatchPlan(NamedTuple):
         dtype, sf = torch.bfloat16, None
         if sf_format is not None:
             dtype = FP8_DTYPE
-            sf = SfView(sf_format.dtype, (num_local, room, num_sf), (num_sf * room, 1, room), parts.recv_sf)
-        state, recv_x = like((parts.end,), torch.int32, device), like((num_local, room, hidden), dtype, device)
+            sf = SfView(sf_format.dtype, (num_local, room, num_sf), (num_sf * room, 1, room), parts.recv_sf // 4)
+        state, recv_x = like((parts.end // 4,), torch.int32, device), like((num_local, room, hidden), dtype, device)
         launch = Launch(kernel, grid.num_blocks, grids.table_bytes, ctypes.addressof(args))
-        return cls(launch, args, parts, parts.for_combine, parts.for_user, state, recv_x, sf)
+        return cls(launch, args, parts, state, recv_x, sf)
 
 
 class CombinePlan(NamedTuple):

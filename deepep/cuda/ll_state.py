@@ -21,8 +21,9 @@ Sent = tuple[tuple[int, int], tuple[int, int]]
 
 
 class StateParts(NamedTuple):
-    """Where the parts of a dispatch's block begin, in int32 words; epoch and headers come first."""
+    """Where the parts of a dispatch's block begin, in bytes; the epoch comes first."""
 
+    sources: int
     home_topk: int
     routes: int
     route_weights: int
@@ -37,30 +38,20 @@ class StateParts(NamedTuple):
         """Divide the block of a dispatch of T tokens with n scale factors a row, parts at multiples of 128 bytes."""
         room = shape.num_ranks * shape.num_max_tokens
         choices, num_local = room * shape.num_topk, shape.num_local_experts
-        places = [_STATE_ALIGNMENT + ll_structs.MAX_RANKS]
+        places = [_STATE_ALIGNMENT]
         for size in (
-            num_tokens * shape.num_topk, choices, choices, 2 * num_local * shape.num_ranks, num_local * room, num_local,
-            num_local * room * num_sf,
+            ll_structs.MAX_RANKS, num_tokens * shape.num_topk, choices, choices, 2 * num_local * shape.num_ranks,
+            num_local * room, num_local, num_local * room * num_sf,
         ):  # fmt: skip
             places.append(places[-1] + align(size, _STATE_ALIGNMENT))
-        return cls(*places)
-
-    @property
-    def for_combine(self) -> tuple[int, int, int, int]:
-        """Byte offsets of what combine needs, in the order of `LlCommon`, behind the epoch: headers, top-k, routes."""
-        return 4 * _STATE_ALIGNMENT, 4 * self.home_topk, 4 * self.routes, 4 * self.route_weights
-
-    @property
-    def for_user(self) -> tuple[int, int, int, int]:
-        """Byte offsets of what the user gets, in the order of `LlDispatchArgs`."""
-        return 4 * self.recv_sf, 4 * self.recv_count, 4 * self.src_info, 4 * self.layout_range
+        return cls(*(4 * place for place in places))
 
 
 class NextBlock:
     """Blocks for dispatches, each allocated behind the launch before its own, where the GPU need not wait for it.
 
     So on the default stream only: memory belongs to the stream that it was allocated on, and what a graph uses must
-    come from the graph's own pool. No graph is captured on that stream. Only a call of the same plan as the one before
+    come from the graph's own pool. No graph is captured on that stream. Only a call of the same size as the one before
     gains, which is what the layers of a model make. One block more is held meanwhile; if the call before was made
     within a memory pool of the user's, it is of that pool.
     """

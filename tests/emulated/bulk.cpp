@@ -12,7 +12,6 @@ namespace emu {
 
 namespace {
 
-constexpr size_t kAlignment = 128;
 constexpr uint32_t kNoGroup = 0xffffffffu;
 
 struct Arrivals {
@@ -55,9 +54,9 @@ struct Copy {
 std::vector<Copy> copies;
 std::map<size_t, std::vector<void*>> spare;  // shared memory to use again, by size
 char* arena = nullptr;
-size_t arena_used = kAlignment;  // nothing lies at address 0
+size_t arena_used = kSharedAlignment;  // nothing lies at address 0
 
-size_t rounded(size_t size) { return (size + kAlignment - 1) / kAlignment * kAlignment; }
+size_t rounded(size_t size) { return (size + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment; }
 
 char* at(uint32_t address) { return arena + address; }
 

@@ -11,7 +11,7 @@ namespace emu {
 
 struct Block;
 
-constexpr size_t kSharedBytes = size_t{64} << 20;
+constexpr size_t kSharedBytes = size_t{64} << 20, kSharedAlignment = 128;
 
 // Shared memory has 32-bit addresses there; here it lies in one stretch of memory, and they count from its beginning.
 void* take_shared(size_t size);

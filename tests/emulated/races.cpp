@@ -26,8 +26,7 @@ struct Word {
     Access reads[kMostWarps];
 };
 
-constexpr size_t kChunk = 128;
-uint32_t numbers[kSharedBytes / kChunk];  // of the memory that each chunk is part of
+uint32_t numbers[kSharedBytes / kSharedAlignment];  // of the memory that each stretch is part of
 uint32_t num_taken = 0;
 
 // What is known of a word; nothing of what the memory before it held.
@@ -40,7 +39,7 @@ Word& word_at(size_t offset) {
         words = static_cast<Word*>(memory);
     }
     Word& word = words[offset / 4];
-    const uint32_t number = numbers[offset / kChunk];
+    const uint32_t number = numbers[offset / kSharedAlignment];
     if (word.number != number) word = {}, word.number = number;
     return word;
 }
@@ -127,7 +126,7 @@ void learn(Block& block, Told& told) {
 void forget(const void* memory, size_t size) {
     const size_t offset = static_cast<const char*>(memory) - shared_arena();
     num_taken += 1;
-    for (size_t at = offset / kChunk; at * kChunk < offset + size; ++at) numbers[at] = num_taken;
+    for (size_t at = offset / kSharedAlignment; at * kSharedAlignment < offset + size; ++at) numbers[at] = num_taken;
 }
 
 }  // namespace emu

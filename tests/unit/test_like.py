@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepep.cuda.like import like
+from deepep.cuda.like import empty, like
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (1, 128), (2, 3, 5), (7,), (0, 128), (5, 0), (0,)])
@@ -18,7 +18,14 @@ def test_size_and_strides_are_those_of_a_new_tensor(shape: tuple[int, ...], make
     assert got.untyped_storage().nbytes() == wanted.untyped_storage().nbytes()
 
 
-def test_plans_share_one_element() -> None:
+def test_empty_is_new_each_time() -> None:
+    first, second = (empty((3, 4), torch.float32, torch.device("cpu")) for _ in range(2))
+    assert first.shape == second.shape == (3, 4)
+    assert first.dtype is second.dtype is torch.float32
+    assert first.data_ptr() != second.data_ptr()
+
+
+def test_sizes_share_one_element() -> None:
     device = torch.device("cpu")
     first, second = (like(shape, torch.int32, device) for shape in ((3, 4), (5,)))
     assert first.data_ptr() == second.data_ptr()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from deepep.cuda.like import like as make_like
 from deepep.cuda.ll_state import NextBlock
 
 DEFAULT, OTHER = 0, 17
@@ -12,7 +13,7 @@ DEFAULT, OTHER = 0, 17
 
 @pytest.fixture
 def like() -> torch.Tensor:
-    return torch.empty(1, dtype=torch.int32).expand(64)
+    return make_like((64,), torch.int32, torch.device("cpu"))
 
 
 def test_the_next_block_is_given_out_once(like: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,7 +35,7 @@ def test_other_streams_and_other_sizes_get_blocks_of_their_own(like: torch.Tenso
     blocks.allocate(like, DEFAULT)
     assert blocks._block is not None
     address = blocks._block.data_ptr()
-    other = torch.empty(1, dtype=torch.int32).expand(65)
+    other = make_like((65,), torch.int32, torch.device("cpu"))
     on_another, larger = blocks.take(like, OTHER), blocks.take(other, DEFAULT)
     assert address not in (on_another.data_ptr(), larger.data_ptr())
     assert larger.shape == other.shape
