@@ -45,7 +45,7 @@ _COUNTS = "await_counts(args, call, threadIdx.x + kLlThreads"
         ("turn ^= 1", "turn ^= 0", RACE, 2),
         ("if (awaits_weights) team.sync();\n            awaits", "awaits", RACE, 2),
         ("debt, terms);\n            team.sync();", "debt, terms);", RACE, 24),
-        ("sync_threads(kListBarriers + team.index, kMostChoices);\n    const", "const", RACE, 2),
+        ("sync_first_threads(team);\n    const", "const", RACE, 2),
         (_COUNTS, f"if (threadIdx.x == 7) return;\n{_COUNTS}", "wait for each other", 24),
     ],
 )

@@ -42,17 +42,32 @@ __device__ __forceinline__ uint32_t list_rows(const LlCombineArgs& args, const T
     return place;
 }
 
+// By the first threads of a team, which in narrow kernels are one warp.
+__device__ __forceinline__ void sync_first_threads(const Team& team) {
+    if constexpr (kMostChoices == kWarpSize) {
+        __syncwarp();
+    } else {
+        sync_threads(kListBarriers + team.index, kMostChoices);
+    }
+}
+
+// By the first threads of a team: let its workers have what is listed. The barrier of their own is for
+// compute-sanitizer, which loses sight of what is written between such a one and the team's.
+__device__ __forceinline__ void hand_over(const Team& team) {
+    sync_first_threads(team);
+    team.sync();
+}
+
 // By the first threads of a team: list whose sums a token at home gets, by the last choice that each rank has.
 __device__ __forceinline__ void list_owners(const LlCombineArgs& args, const LlCall& call, const Team& team,
                                             const HomeChoice& choice, int32_t (&owners)[kMostChoices], Task& task) {
     const LlShape& shape = args.common.shape;
     const uint32_t k = team.thread;
     const int32_t owner = owners[k] = rank_of(shape, choice.expert);
-    sync_threads(kListBarriers + team.index, kMostChoices);
+    sync_first_threads(team);
     const bool is_owed = is_last_of(owners, k, shape.num_topk) && !call.is_masked(owner);
     const uint32_t place = place_of(team, is_owed, task.num_owners);
     if (is_owed) task.owner[place] = owner;
-    sync_threads(kListBarriers + team.index, kMostChoices);  // the next token's owners come to the same place
 }
 
 // A token at home, or a part of one, by number.
@@ -71,7 +86,7 @@ __device__ uint32_t draw(const LlCall& call, const Team& team) {
     if (team.thread == 0) {
         drawn[team.index] = team.global_count() + atomicAdd(&call.state->num_drawn[call.epoch % kLlDrawings], 1);
     }
-    sync_threads(kListBarriers + team.index, kMostChoices);
+    sync_first_threads(team);
     return drawn[team.index];
 }
 
@@ -144,11 +159,11 @@ __device__ void list_tasks(const LlCombineArgs& args, const LlCall& call, const 
         }
         list_owners(args, call, team, choice, owners[team.index], task);
         list_rows(args, team, choice.own, task);
-        team.sync();
+        hand_over(team);
         number = num_items > team.global_count() ? draw(call, team) : num_items;
     }
     if (team.thread == 0) tasks[turn].kind = Task::kNone;
-    team.sync();
+    hand_over(team);
 }
 
 }  // namespace deepep

@@ -88,28 +88,19 @@ __device__ __forceinline__ void store_stream(Vec16* address, const Vec16& v) {
                  : "memory");
 }
 
-// Warps may come to a barrier from different places. compute-sanitizer takes these for different barriers, so under the
-// debug switch, which it is to be run with, there is one place.
-#if DEEPEP_CHECK_INDICES
-#define DEEPEP_ONE_PLACE __noinline__
-#else
-#define DEEPEP_ONE_PLACE __forceinline__
-#endif
-
-// Some of the CTA's warps, by one of its 16 barriers; num_threads is a multiple of 32.
-__device__ DEEPEP_ONE_PLACE void sync_threads(uint32_t barrier, uint32_t num_threads) {
-    __syncwarp();  // the barrier takes whole warps
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
+// Some of the CTA's warps, by one of its 16 barriers; num_threads is a multiple of 32. Warps may come from different
+// places, and lanes one by one: bar.sync, which is short for barrier.sync.aligned, allows neither.
+__device__ __forceinline__ void sync_threads(uint32_t barrier, uint32_t num_threads) {
+    asm volatile("barrier.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
 }
-#undef DEEPEP_ONE_PLACE
 
 // Come to such a barrier, and do not wait for the others.
 __device__ __forceinline__ void arrive_threads(uint32_t barrier, uint32_t num_threads) {
-    __syncwarp();
-    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
+    asm volatile("barrier.arrive %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
 }
 
-// Wait for them, and learn whether it is so for any of these threads. Nothing in shared memory is needed to agree.
+// Wait for them, all in one place, and learn whether it is so for any of these threads. Nothing in shared memory is
+// needed to agree.
 __device__ __forceinline__ bool any_thread(uint32_t barrier, uint32_t num_threads, bool is_so) {
     uint32_t result;
     __syncwarp();
