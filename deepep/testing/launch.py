@@ -23,6 +23,7 @@ from typing import Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from deepep.testing import whereabouts
 from deepep.testing.worker import LEAVE, work
 
 # After one rank has failed its peers may wait for it in vain: how long they get to answer, seconds.
@@ -67,6 +68,7 @@ class Workers:
         self._timeout = timeout
         self._processes: list[SpawnProcess] = []
         self._connections: list[Connection] = []
+        self._whereabouts: list[Connection] = []
         self._exchanges: list[threading.Thread] = []
         self._store: TCPStore | None = None
 
@@ -105,8 +107,9 @@ class Workers:
             What every rank returned, in rank order.
 
         Raises:
-            WorkerError: a rank died or did not answer in time; all were killed then, as they are when this call is
-                interrupted (Ctrl-C, a signal handler that raises): no later call can meet an answer to this one.
+            WorkerError: a rank died or did not answer in time (its cause tells where such ranks were); all were killed
+                then, as they are when this call is interrupted (Ctrl-C, a signal handler that raises): no later call
+                can meet an answer to this one.
             Exception: what a rank raised, with a `WorkerError` holding rank and traceback as its cause. The ranks stay
                 usable unless one of them still does not answer some seconds later.
         """
@@ -143,10 +146,12 @@ class Workers:
     def _start_rank(self, place: tuple[int, int, int]) -> None:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
+        told, telling = context.Pipe(duplex=False)
         self._connections.append(ours)
-        with theirs, _single_threaded():
+        self._whereabouts.append(told)
+        with theirs, telling, _single_threaded():
             process = context.Process(
-                target=work, args=(theirs, place, self._setup), daemon=True, name=f"deepep-rank-{place[0]}"
+                target=work, args=(theirs, telling, place, self._setup), daemon=True, name=f"deepep-rank-{place[0]}"
             )
             self._processes.append(process)
             process.start()
@@ -198,12 +203,14 @@ class Workers:
         if silent:
             notes.append(f"rank(s) {', '.join(map(str, silent))} did not answer (limit {timeout:g} s)")
         notes += [f"rank {reply.rank} raised:\n{reply.trace}" for reply in replies.values() if reply.status == "error"]
-        raise WorkerError("; ".join(notes))
+        stacks = whereabouts.ask({rank: (self.pids[rank], self._whereabouts[rank]) for rank in silent})
+        raise WorkerError("; ".join(notes)) from (WorkerError(stacks) if stacks else None)
 
     def _kill(self) -> None:
         processes = [process for process in self._processes if process.pid is not None]
-        connections, exchanges = self._connections, self._exchanges
-        self._processes, self._connections, self._exchanges = [], [], []  # at once: a second Ctrl-C may cut this short
+        connections, told, exchanges = self._connections, self._whereabouts, self._exchanges
+        # At once: a second Ctrl-C may cut this short.
+        self._processes, self._connections, self._whereabouts, self._exchanges = [], [], [], []
         for process in processes:
             process.kill()
         for process in processes:
@@ -214,7 +221,7 @@ class Workers:
         for exchange in exchanges:
             if exchange.is_alive():
                 exchange.join()
-        for connection in connections:
+        for connection in connections + told:
             connection.close()
         self._store = None
 

@@ -21,19 +21,24 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from deepep.errors import InvalidArgument
+from deepep.testing import whereabouts
 
 LEAVE = b"leave"
 """What the parent sends instead of a job at the end."""
 
 
-def work(connection: Connection, place: tuple[int, int, int], setup: tuple[str, str, float]) -> None:
+def work(
+    connection: Connection, telling: Connection, place: tuple[int, int, int], setup: tuple[str, str, float]
+) -> None:
     """Join the group, then serve jobs until the parent says `LEAVE` or is gone; never returns.
 
     Args:
         connection: to the parent: each reply is a pickled `("ok", result)` or `("error", exception or None, trace)`.
+        telling: to the parent: where this rank is, if it is asked that.
         place: rank, number of ranks, port of the parent's store.
         setup: backend of the group, device, seconds to join.
     """
+    whereabouts.tell_when_asked(telling)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, and it ends us
     threading.Thread(target=_follow_parent, daemon=True).start()
     torch.set_num_threads(1)

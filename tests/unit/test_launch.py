@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -120,8 +121,9 @@ def test_ranks_that_die_or_do_not_answer_are_named() -> None:
         assert workers.run(add, 1)[0][1] == 3, "the next run starts new ones"
 
         pids = workers.pids
-        with pytest.raises(WorkerError, match=r"rank\(s\) 1 did not answer"):
+        with pytest.raises(WorkerError, match=r"rank\(s\) 1 did not answer") as caught:
             workers.run(stall, 1, timeout=1.0)
+        assert re.match(r"rank 1 was here:\n(.*\n)*.* in stall\n", str(caught.value.__cause__))
         assert not any(map(is_alive, pids))
 
 
