@@ -10,6 +10,9 @@
 #include <random>
 #include <string>
 
+// Where this library begins and ends.
+extern "C" __attribute__((visibility("hidden"))) const char __ehdr_start, _end;
+
 namespace emu {
 
 Fiber* current = nullptr;
@@ -22,6 +25,8 @@ struct Launch {
     void (*entry)(const void*);
     std::vector<uint64_t> args;
     uint32_t grid, threads, smem;
+    bool starts_early;
+    uint32_t is_behind = 1;
     std::vector<std::unique_ptr<Block>> blocks;
 };
 
@@ -60,6 +65,7 @@ void begin(Launch& launch) {
         auto block = std::make_unique<Block>();
         block->index = index, block->grid = launch.grid, block->threads = launch.threads;
         block->entry = launch.entry, block->args = launch.args.data();
+        block->num_arg_bytes = launch.args.size() * 8, block->is_behind = &launch.is_behind;
         block->warps.resize(launch.threads / kWarp);
         block->known.resize(launch.threads / kWarp);
         for (uint32_t warp = 0; warp < block->known.size(); ++warp) block->known[warp].of[warp] = 1;
@@ -108,6 +114,37 @@ void abandon() {
     }
     queues.clear();
     under_way.clear();
+}
+
+bool is_over(const Launch& launch) {
+    return !launch.blocks.empty() && std::all_of(launch.blocks.begin(), launch.blocks.end(),
+                                                 [](const auto& block) { return block->num_done == block->threads; });
+}
+bool lets_next_start(const Launch& launch) {
+    return std::all_of(launch.blocks.begin(), launch.blocks.end(), [](const auto& block) {
+        return block->lets_next_start || block->num_done == block->threads;
+    });
+}
+
+// End what is over, begin what may, and give the blocks that have something left to do.
+std::vector<Block*> running_blocks() {
+    std::vector<Block*> blocks;
+    for (auto& [queue, launches] : queues) {
+        while (!launches.empty() && is_over(launches.front())) {
+            for (auto& block : launches.front().blocks) end(*block);
+            launches.pop_front();
+        }
+        for (size_t i = 0; i < launches.size(); ++i) {
+            Launch& launch = launches[i];
+            if (i == 0) launch.is_behind = 0;
+            if (i > 0 && !(launch.starts_early && lets_next_start(launches[i - 1]))) break;
+            if (launch.blocks.empty()) begin(launch);
+            for (auto& block : launch.blocks) {
+                if (block->num_done < block->threads) blocks.push_back(block.get());
+            }
+        }
+    }
+    return blocks;
 }
 
 // One turn for every fiber of a block that has something to do; who is first is not always thread 0.
@@ -198,6 +235,23 @@ void arrive(uint32_t number, uint32_t num_threads) {
     arrive(meeting, num_threads);
 }
 
+void await_turn() {
+    if (*current->block->is_behind == 0) return;
+    current->waits_for = current->block->is_behind, current->last = 1;
+    yield();
+}
+void let_next_start() { current->block->lets_next_start = true; }
+
+bool is_private(const void* address) {
+    const Block& block = *current->block;
+    const auto is_within = [&](const void* begin, size_t size) {
+        return static_cast<size_t>(static_cast<const char*>(address) - static_cast<const char*>(begin)) < size;
+    };
+    return is_within(current->context.uc_stack.ss_sp, kStackBytes) || is_within(block.args, block.num_arg_bytes) ||
+           is_within(&block, sizeof(Block)) || is_within(block.fibers.data(), block.fibers.size() * sizeof(Fiber)) ||
+           is_within(&__ehdr_start, &_end - &__ehdr_start);
+}
+
 void* shared_bytes(int number, size_t size) {
     void*& memory = current->block->shared[{number, size}];
     if (memory == nullptr) memory = take_shared(size);
@@ -207,8 +261,8 @@ void* shared_bytes(int number, size_t size) {
 }  // namespace emu
 
 extern "C" void emu_launch(uint64_t queue, void* entry, const void* args, uint64_t num_bytes, uint32_t grid,
-                           uint32_t threads, uint32_t smem) {
-    emu::Launch launch{reinterpret_cast<void (*)(const void*)>(entry), {}, grid, threads, smem, {}};
+                           uint32_t threads, uint32_t smem, bool starts_early) {
+    emu::Launch launch{reinterpret_cast<void (*)(const void*)>(entry), {}, grid, threads, smem, starts_early};
     launch.args.resize((num_bytes + 7) / 8);
     memcpy(launch.args.data(), args, num_bytes);
     emu::queues[queue].push_back(std::move(launch));
@@ -235,22 +289,7 @@ extern "C" const char* emu_run(uint64_t seed, uint64_t ns_per_round, uint64_t mo
     random_number.seed(seed);
     problem.clear();
     for (uint64_t round = 0; problem.empty(); ++round, time_ns += ns_per_round) {
-        std::vector<Block*> blocks;
-        for (auto& [queue, launches] : queues) {
-            while (!launches.empty()) {
-                Launch& launch = launches.front();
-                if (launch.blocks.empty()) begin(launch);
-                bool is_over = true;
-                for (auto& block : launch.blocks) {
-                    if (block->num_done == block->threads) continue;
-                    blocks.push_back(block.get());
-                    is_over = false;
-                }
-                if (!is_over) break;
-                for (auto& block : launch.blocks) end(*block);
-                launches.pop_front();
-            }
-        }
+        std::vector<Block*> blocks = running_blocks();
         if (!problem.empty()) break;
         if (blocks.empty() || (word != nullptr && *word == value)) return nullptr;
         if (round == most_rounds) problem = "no end in sight";

@@ -57,6 +57,9 @@ struct Block {
     uint32_t index, grid, threads, smem;
     void (*entry)(const void*);
     const void* args;
+    size_t num_arg_bytes;
+    const uint32_t* is_behind;  // a launch of the same rank that has not ended: 1 or 0
+    bool lets_next_start = false;
     uint32_t num_done = 0;
     std::vector<Fiber> fibers;
     Meeting barriers[16];
@@ -88,6 +91,11 @@ const uint64_t* exchange(uint64_t value, int place);
 void sync_warp(int place);
 bool barrier(uint32_t number, uint32_t num_threads, bool is_so = false);
 void arrive(uint32_t number, uint32_t num_threads);
+// By a launch that started early: wait until it is its turn. And let the next one start, once all blocks came here.
+void await_turn();
+void let_next_start();
+// Whether an address is of the current thread alone: its stack, its launch's argument, what the emulator knows of it.
+bool is_private(const void* address);
 
 template <typename T>
 T load(const T* address) {

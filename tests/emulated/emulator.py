@@ -57,15 +57,16 @@ class Emulator:
     Args:
         directory: for sources and the library.
         build: which kernels.
-        has_bulk_copies: as they are compiled for GPUs from sm_90 on.
+        is_hopper: as they are compiled for GPUs from sm_90 on, with bulk copies and launches that start early.
 
     Attributes:
         queue: of the rank that launches now.
         before_waiting: what else goes on before a host waits for a kernel's word: other ranks' launches.
     """
 
-    def __init__(self, directory: Path, build: Build = LOW_LATENCY, has_bulk_copies: bool = False) -> None:
-        self._path = _compile(directory, build, has_bulk_copies)
+    def __init__(self, directory: Path, build: Build = LOW_LATENCY, is_hopper: bool = False) -> None:
+        self.is_hopper = is_hopper
+        self._path = _compile(directory, build, is_hopper)
         self._library = ctypes.CDLL(str(self._path))
         self._library.emu_run.restype = ctypes.c_char_p
         self._entries = [(self._library[f"emu_{spec.name}"], ctypes.sizeof(args)) for spec, args in build.items()]
@@ -78,11 +79,12 @@ class Emulator:
         return self._names.index(kernel)
 
     def launch(
-        self, function: int, grid: int, block: int, smem: int, _stream: int, args: int, *_: Any, **__: Any
-    ) -> None:
+        self, function: int, grid: int, block: int, smem: int, _stream: int, args: int, _cooperative: bool = False,
+        starts_early: bool = False,
+    ) -> None:  # fmt: skip
         """Put a launch at the end of the current queue (the signature of `deepep.cuda.launch.Runtime`)."""
         entry, num_bytes = self._entries[function]
-        self._enqueue(entry, args, num_bytes, grid, block, smem)
+        self._enqueue(entry, args, num_bytes, grid, block, smem, starts_early)
 
     def copy(self, target: int, source: int, num_bytes: int) -> None:
         """Put a copy of the copy engine at the end of the current queue."""
@@ -106,10 +108,13 @@ class Emulator:
         """Drop what was launched and has not been run to its end: its memory may be gone."""
         self._library.emu_forget()
 
-    def _enqueue(self, entry: Any, args: int, num_bytes: int, grid: int, block: int, smem: int) -> None:
+    def _enqueue(
+        self, entry: Any, args: int, num_bytes: int, grid: int, block: int, smem: int, starts_early: bool = False
+    ) -> None:
         self._library.emu_launch(
             ctypes.c_uint64(self.queue), ctypes.cast(entry, ctypes.c_void_p), ctypes.c_void_p(args),
             ctypes.c_uint64(num_bytes), ctypes.c_uint32(grid), ctypes.c_uint32(block), ctypes.c_uint32(smem),
+            ctypes.c_bool(starts_early),
         )  # fmt: skip
 
     def _run(
@@ -131,13 +136,13 @@ def _with_lines(problem: str, library: Path) -> str:
     return re.sub(r"\+0x[0-9a-f]+", lambda _: next(lines, "?"), problem)
 
 
-def _compile(directory: Path, build: Build, has_bulk_copies: bool) -> Path:
+def _compile(directory: Path, build: Build, is_hopper: bool) -> Path:
     names = {spec.source: [one.name for one in build if one.source == spec.source] for spec in build}
     _copy_sources(directory, names)
     flags = ["-std=c++17", "-O1", "-w", "-fPIC", "-ffp-contract=off", f"-I{_HERE}", f"-I{directory / 'include'}"]
     flags += [f"-I{directory}", '-DDEEPEP_TRANSPORT_HEADER="transports/p2p.cuh"']
     flags += {f"-D{name}={value}" for spec in build for name, value in spec.defines}
-    flags += ["-D__CUDA_ARCH__=900"] if has_bulk_copies else []
+    flags += ["-D__CUDA_ARCH__=900"] if is_hopper else []
     args = {spec.name: f"deepep::{struct.__name__}" for spec, struct in build.items()}
     units = [*_HERE.glob("*.cpp")]
     for source, entries in names.items():

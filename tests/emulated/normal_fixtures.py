@@ -12,7 +12,7 @@ from emulator import NORMAL, Emulator
 @pytest.fixture(scope="session", params=[False, True], ids=["plain", "bulk"])
 def normal_emulator(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Emulator:
     """With bulk copies, as for GPUs from sm_90 on, and with ordinary loads and stores, as for those before."""
-    return Emulator(tmp_path_factory.mktemp("emulated_normal"), NORMAL, has_bulk_copies=request.param)
+    return Emulator(tmp_path_factory.mktemp("emulated_normal"), NORMAL, is_hopper=request.param)
 
 
 @pytest.fixture

@@ -58,6 +58,12 @@ uint32_t code_offset(const void* pc) {
     fail(text);
 }
 
+[[noreturn]] void report_early(const void* pc) {
+    char text[100];
+    snprintf(text, sizeof(text), "memory is touched before the launch's turn at +%#x", code_offset(pc));
+    fail(text);
+}
+
 bool is_ordered(const Access& before, const Access& now, const Clock& known) {
     if (before.clock == 0) return true;
     if (before.warp != now.warp) return known.of[before.warp] >= before.clock;
@@ -88,7 +94,11 @@ void write(Word& word, const Access& now, const Clock& known) {
 
 void touch(const void* memory, size_t size, bool is_write, const void* pc) {
     const size_t offset = static_cast<const char*>(memory) - shared_arena();
-    if (offset >= kSharedBytes || current == nullptr) return;
+    if (current == nullptr) return;
+    if (offset >= kSharedBytes) {
+        if (*current->block->is_behind != 0 && !is_private(memory)) report_early(pc);
+        return;
+    }
     const uint32_t warp = current->thread / kWarp, lane = current->thread % kWarp;
     const Clock& known = current->block->known[warp];
     const Access now = {known.of[warp], current->num_syncs, code_offset(pc), static_cast<uint8_t>(warp),

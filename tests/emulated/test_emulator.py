@@ -29,6 +29,7 @@ def test_ptx_that_nobody_explained_fails_when_it_runs() -> None:
 
 
 RACE = "race for shared memory: .* at ll_.*, then ll_" if shutil.which("addr2line") else "race for shared memory"
+EARLY = "memory is touched before the launch's turn"
 _RANKS = "ranks_of(call, choices)"
 _COUNTS = "await_counts(args, call, threadIdx.x + kLlThreads"
 
@@ -46,26 +47,31 @@ _COUNTS = "await_counts(args, call, threadIdx.x + kLlThreads"
         ("if (awaits_weights) team.sync();\n            awaits", "awaits", RACE, 2),
         ("debt, terms);\n            team.sync();", "debt, terms);", RACE, 24),
         ("sync_first_threads(team);\n    const", "const", RACE, 2),
+        ("await_previous_kernel();\n        first.choice", "first.choice", EARLY, 2),
+        ("await_previous_kernel();  // nothing", "// nothing", EARLY, 2),
         (_COUNTS, f"if (threadIdx.x == 7) return;\n{_COUNTS}", "wait for each other", 24),
     ],
 )
 def test_broken_kernels_are_noticed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str, instead: str, message: str | None, num_sms: int
 ) -> None:
-    if message == RACE and not watch_options():
+    if message in (RACE, EARLY) and not watch_options():
         pytest.skip("the compiler cannot announce accesses to memory")
-    emulator = compile_broken(monkeypatch, line, instead, lambda: Emulator(tmp_path))
+    emulator = compile_broken(monkeypatch, line, instead, lambda: Emulator(tmp_path, is_hopper=True))
     world = World(monkeypatch, emulator, Shape(2, 4, 2, 9, 256), num_sms)
     with pytest.raises((EmulationError, AssertionError), match=message):
         _run_steps(world)
 
 
 def _run_steps(world: World) -> None:
-    for seed in range(12):
-        step = Step(world, [9, 9] if seed % 2 else [3, 1], seed)
-        dispatched = [step.dispatch(rank) for rank in range(2)]
-        combined = [step.combine(rank, dispatched[rank]) for rank in range(2)]
-        world.emulator.run(seed, most_rounds=5_000)
-        for rank in range(2):
-            step.check_dispatch(rank, dispatched[rank])
-            assert torch.equal(combined[rank].x, step.expected_combine(rank))
+    for seed in range(0, 12, 2):  # two at a time, so that launches of the second may start early
+        steps = [Step(world, [3, 1], seed), Step(world, [9, 9], seed + 1)]
+        results = []
+        for step in steps:
+            dispatched = [step.dispatch(rank) for rank in range(2)]
+            results.append((dispatched, [step.combine(rank, dispatched[rank]) for rank in range(2)]))
+        world.emulator.run(seed, most_rounds=10_000)
+        for step, (dispatched, combined) in zip(steps, results, strict=True):
+            for rank in range(2):
+                step.check_dispatch(rank, dispatched[rank])
+                assert torch.equal(combined[rank].x, step.expected_combine(rank))

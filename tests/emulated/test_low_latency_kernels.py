@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs Linux and a C++ 
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    return Emulator(tmp_path_factory.mktemp("emulated"))
+    return Emulator(tmp_path_factory.mktemp("emulated"), is_hopper=True)
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ _TOKENS = "max_of(theirs[kHeaderTokens], 1u)"
 
 
 @pytest.mark.parametrize(
-    ("line", "instead", "has_bulk_copies"),
+    ("line", "instead", "is_hopper"),
     [
         # Laps of its own rows are none of a rank's business: then it waits for itself.
         (f"{_TOKENS}, theirs[kHeaderRing]", f"{_TOKENS}, source.ring", False),
@@ -99,10 +99,10 @@ _TOKENS = "max_of(theirs[kHeaderTokens], 1u)"
     ],
 )
 def test_broken_kernels_are_noticed(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str, instead: str, has_bulk_copies: bool
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str, instead: str, is_hopper: bool
 ) -> None:
     build: Build = {spec: args for spec, args in NORMAL.items() if args is DispatchArgs}
-    emulator = compile_broken(monkeypatch, line, instead, lambda: Emulator(tmp_path, build, has_bulk_copies))
+    emulator = compile_broken(monkeypatch, line, instead, lambda: Emulator(tmp_path, build, is_hopper))
     case = _case((40, 20))
     world = NormalWorld(monkeypatch, emulator, case, room=_RING * 2 * case.hidden, timeout=1e-3)
     with pytest.raises((AssertionError, CommTimeout, EmulationError)):

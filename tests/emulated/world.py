@@ -48,7 +48,7 @@ class World:
     ) -> None:
         fake_gpu(monkeypatch, num_sms)
         monkeypatch.setattr(jit, "load", lambda spec, _device: FakeKernel(emulator.handle(spec.name)))
-        monkeypatch.setattr(driver, "can_start_early", lambda _device: False)
+        monkeypatch.setattr(driver, "can_start_early", lambda _device: emulator.is_hopper)
         monkeypatch.setattr(driver, "ensure_context", lambda _device: None)
         monkeypatch.setattr(ll_engine, "current_stream", lambda _device: 0)
         monkeypatch.setattr(ll_engine, "runtime", lambda: emulator)
