@@ -11,7 +11,7 @@ from deepep.buffer_requests import Given, cached_request, combine_request, fresh
 from deepep.config import Config, default_config
 from deepep.errors import InvalidArgument
 from deepep.event import Event, EventHandle, EventOverlap
-from deepep.front import Front
+from deepep.front import REFUSABLE, Front, refuse
 from deepep.handle import InternodeHandle, IntranodeHandle, NormalHandle, make_normal_handle, routing_of
 from deepep.low_latency import LowLatencyMixin
 from deepep.stream import check_stream_arguments
@@ -221,19 +221,22 @@ class Buffer(LowLatencyMixin, Front):
             CommTimeout: a peer did not arrive.
         """
         op = "dispatch"
-        with self._checking(op) as backend:
+        backend = self._alive(op)
+        try:  # as `_checking` does, which takes 0.3 us
             check_stream_arguments(op, previous_event, async_finish, allocate_on_comm_stream)
-            data, sf = split_payload(op, x)
-            given = Given(num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert)
             if handle is not None:
                 routing = routing_of(handle, (IntranodeHandle, InternodeHandle), self._owner, op)
                 is_routed_again = topk_idx is not None or topk_weights is not None or num_worst_tokens != 0
-                request = cached_request(data, sf, routing, is_routed_again, _num_sms(config))
+                request = cached_request(x, routing, is_routed_again, _num_sms(config))
             else:
+                data, sf = split_payload(op, x)
+                given = Given(num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert)
                 request = fresh_request(
                     data, sf, topk_idx, topk_weights, given, expert_alignment, num_worst_tokens, _num_sms(config),
                     self._bounds,
                 )  # fmt: skip
+        except REFUSABLE as error:
+            refuse(backend, op, error)
         result, event = self._dispatch(op, backend, request, async_finish, previous_event)
         recv_x = received(result, x)
         if handle is not None:
@@ -276,10 +279,13 @@ class Buffer(LowLatencyMixin, Front):
             `combined_x` [T, H], `combined_topk_weights` [T, K] or None, event. Errors as in `dispatch`.
         """
         op = "combine"
-        with self._checking(op) as backend:
+        backend = self._alive(op)
+        try:  # as `_checking` does, which takes 0.3 us
             check_stream_arguments(op, previous_event, async_finish, allocate_on_comm_stream)
             routing = routing_of(handle, (IntranodeHandle, InternodeHandle), self._owner, op)
             request = combine_request(x, routing, topk_weights, bias, _num_sms(config))
+        except REFUSABLE as error:
+            refuse(backend, op, error)
         result, event = self._combine(op, backend, request, async_finish, previous_event)
         return result.x, result.topk_weights, event
 

@@ -13,6 +13,7 @@ from deepep.layout import token_in_rank, topk_ranks
 from deepep.validate import (
     COMBINE_DTYPES,
     Bounds,
+    Payload,
     check_bias,
     check_experts,
     check_rows,
@@ -20,6 +21,7 @@ from deepep.validate import (
     check_topk,
     check_weights,
     describe,
+    split_payload,
     values_are_checked,
     whole_number,
 )
@@ -70,9 +72,7 @@ def fresh_request(
     )  # fmt: skip
 
 
-def cached_request(
-    x: torch.Tensor, sf: torch.Tensor | None, routing: Routing, is_routed_again: bool, num_sms: int
-) -> DispatchRequest:
+def cached_request(x: Payload, routing: Routing, is_routed_again: bool, num_sms: int) -> DispatchRequest:
     """State a dispatch that repeats `routing`; `is_routed_again` says that the caller names a routing beside it.
 
     Raises:
@@ -82,8 +82,8 @@ def cached_request(
     if is_routed_again:
         raise InvalidArgument(f"{op}: handle repeats a routing; leave out topk_idx, topk_weights, num_worst_tokens")
     dst_rank = routing.dst_rank
-    check_rows(op, "x", x, dst_rank.shape[0], dst_rank.device)
-    return DispatchRequest(x, sf, None, None, routing.num_experts, routing=routing, num_sms=num_sms)
+    data, sf = split_payload(op, x, dst_rank.shape[0], dst_rank.device)
+    return DispatchRequest(data, sf, None, None, routing.num_experts, routing=routing, num_sms=num_sms)
 
 
 def combine_request(

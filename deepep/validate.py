@@ -40,15 +40,17 @@ class Bounds(NamedTuple):
 Payload = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
-def split_payload(op: str, x: Payload) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Check `x`, or the pair `(x, sf)`, as CONTRACT 'Inputs' says and take it apart."""
+def split_payload(
+    op: str, x: Payload, num_rows: int | None = None, device: torch.device | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Check `x`, or the pair `(x, sf)`, as CONTRACT 'Inputs' says and take it apart; see `check_rows` for the rest."""
     if isinstance(x, torch.Tensor):
         data, sf = x, None
     elif isinstance(x, (tuple, list)) and len(x) == 2 and all(isinstance(t, torch.Tensor) for t in x):
         data, sf = x
     else:
         raise InvalidArgument(f"{op}: x is a {type(x).__name__}; pass a tensor [T, H] or a pair (x, sf) of tensors")
-    check_rows(op, "x", data)
+    check_rows(op, "x", data, num_rows, device)
     if sf is not None:
         if sf.dim() == 1:
             sf = sf.unsqueeze(1)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from deepep.backends.base import CombineRequest, CombineResult
-from deepep.cuda.arguments import CombineArgs
+from deepep.cuda.arguments import CombineArgs, write_combine
 from deepep.cuda.combine_plan import plan_of
 from deepep.cuda.engine import Engine
-from deepep.cuda.launch import aligned
+from deepep.cuda.launch import aligned, pointer
 from deepep.cuda.like import empty
 from deepep.errors import UnsupportedOperation
 
@@ -33,25 +33,16 @@ def combine(engine: Engine, request: CombineRequest) -> CombineResult:
     if given is not None:
         given = given.contiguous()
         weights = empty((num_tokens, plan.num_topk), torch.float32, x.device)
-        args.topk_weights, args.out_weights = given.data_ptr(), weights.data_ptr()
     biases = [aligned(bias) for bias in request.bias]
-    for name, bias in zip(("bias0", "bias1"), biases, strict=False):
-        setattr(args, name, bias.data_ptr())
-    _point_to_routing(args, request)
-    args.x, args.out = x.data_ptr(), out.data_ptr()
+    bias0, bias1 = (*biases, None, None)[:2]
+    write_combine(
+        args, CombineArgs.x.offset, x.data_ptr(), pointer(given), out.data_ptr(), pointer(weights), pointer(bias0),
+        pointer(bias1), pointer(routing.topk_idx), routing.dst_rank.data_ptr(), routing.dst_row.data_ptr(),
+        routing.psum_num_recv_tokens_per_rank.data_ptr(), routing.recv_src_token.data_ptr(),
+        pointer(routing.expanded_row),
+    )  # fmt: skip
     if request.wait_recv_cost_stats is not None:
         args.wait_stats = request.wait_recv_cost_stats.data_ptr()
-    engine.prepare(args.window, routing.num_experts)
-    engine.launch(plan.spec, plan.num_sms, plan.num_threads, plan.smem, args)
+    stream = engine.prepare(args.window, routing.num_experts)
+    engine.launch(plan.spec, plan.num_sms, plan.num_threads, plan.smem, args, stream)
     return CombineResult(out, weights)
-
-
-def _point_to_routing(args: CombineArgs, request: CombineRequest) -> None:
-    routing = request.routing
-    args.dst_rank, args.dst_row = routing.dst_rank.data_ptr(), routing.dst_row.data_ptr()
-    args.psum_ranks = routing.psum_num_recv_tokens_per_rank.data_ptr()
-    args.recv_src_token = routing.recv_src_token.data_ptr()
-    if routing.topk_idx is not None:
-        args.topk_idx = routing.topk_idx.data_ptr()
-    if routing.expanded_row is not None:
-        args.expanded_row = routing.expanded_row.data_ptr()

@@ -5,7 +5,6 @@ Between the two the CPU waits for counts where shapes are exact; the GPU in turn
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -14,10 +13,10 @@ import torch
 from deepep import quant
 from deepep.backends.base import DispatchRequest, DispatchResult, Routing
 from deepep.cuda import kernels
-from deepep.cuda.arguments import DispatchArgs
+from deepep.cuda.arguments import DispatchArgs, write_received, write_routing
 from deepep.cuda.dispatch_plan import Plan, plan_of
 from deepep.cuda.engine import Engine
-from deepep.cuda.launch import aligned
+from deepep.cuda.launch import aligned, pointer
 from deepep.cuda.like import empty
 from deepep.errors import InvalidArgument
 
@@ -65,34 +64,34 @@ class _Dispatch:
             )
         self.args = DispatchArgs.from_buffer_copy(self.plan.args)
         self.device = request.x.device
+        self.stream = 0
         self.keep: list[torch.Tensor] = []
         self.aligned: list[int] | None = None
 
     def run(self) -> DispatchResult:
         """Do it."""
         engine, request, args = self.engine, self.request, self.args
-        engine.prepare(args.window, request.num_experts)
+        self.stream = engine.prepare(args.window, request.num_experts)
         args.x = request.x.data_ptr()
         if request.sf is not None:
             args.sf = request.sf.data_ptr()
-        if request.wait_recv_cost_stats is not None:
-            args.wait_stats = request.wait_recv_cost_stats.data_ptr()
         if request.routing is not None and self.plan.is_cached:
             return self._repeat(request.routing)
         return self._fresh()
 
     def _repeat(self, routing: Routing) -> DispatchResult:
         """Fetch along a known routing."""
-        args = self.args
+        args, expanded_row = self.args, routing.expanded_row
         args.psum_ranks = routing.psum_num_recv_tokens_per_rank.data_ptr()
-        args.recv_src_token = routing.recv_src_token.data_ptr()
-        if routing.expanded_row is not None:
-            args.expanded_row = routing.expanded_row.data_ptr()
-            args.num_topk = routing.expanded_row.shape[1]
+        if self.request.wait_recv_cost_stats is not None:
+            args.wait_stats = self.request.wait_recv_cost_stats.data_ptr()
+        if expanded_row is not None:
+            args.num_topk = expanded_row.shape[1]
         # Nothing says here which rows stay empty.
         recv_x, recv_sf = self._receive(routing.num_rows, is_cleared=self.request.do_zero_padding)
+        self._point_to_received(recv_x, recv_sf, routing.recv_src_token.data_ptr(), pointer(expanded_row))
         for target, source, num_bytes in self._copies():
-            self.engine.copies.copy(target, source, num_bytes, self.engine.stream())
+            self.engine.copies.copy(target, source, num_bytes, self.stream)
         self._fetch()
         return DispatchResult(recv_x, recv_sf, None, None, None, [], routing)
 
@@ -101,7 +100,7 @@ class _Dispatch:
         block = self._point_to_outputs()
         copied = any(plan.copied)
         if copied:
-            self.engine.copies.fork(self.engine.stream())
+            self.engine.copies.fork(self.stream)
         self._notify()
         for target, source, num_bytes in self._copies():
             self.engine.copies.copy_beside(target, source, num_bytes)
@@ -111,12 +110,13 @@ class _Dispatch:
         try:
             recv_x, recv_sf = self._receive(num_rows, is_cleared=False)
             metadata, weights = self._receive_metadata(num_compact, num_rows)
+            self._point_to_metadata(recv_x, recv_sf, metadata, weights, num_compact)
         except BaseException:  # out of memory: this rank is through, and the others need not wait for it to say so
             self.engine.barrier_launch(is_close=True)
             raise
         finally:
             if copied:
-                self.engine.copies.join(self.engine.stream())
+                self.engine.copies.join(self.stream)
         self._fetch()
         src_token, expanded_row, idx = self._metadata_views(metadata, num_compact)
         if request.routing is not None:
@@ -140,17 +140,15 @@ class _Dispatch:
         parts = plan.parts
         block = empty((parts.end,), torch.int32, self.device)
         address = block.data_ptr()
-        args.dst_rank, args.dst_row = address, address + 4 * parts.dst_row
-        args.psum_ranks, args.counts_out = address + 4 * parts.psum, address + 4 * parts.counts
-        args.psum_experts = address + 4 * parts.psum_experts
-        if not plan.is_expanded:
-            args.rank_prefix_matrix = address + 4 * parts.matrix
-        self._point("topk_idx", request.topk_idx)
-        self._point("topk_weights", request.topk_weights)
-        self._point("is_token_in_rank", request.is_token_in_rank)
-        self._point("tokens_per_expert", request.num_tokens_per_expert)
-        if request.routing is None:
-            self._point("stats", request.cumulative_local_expert_recv_stats)
+        write_routing(
+            args, DispatchArgs.topk_idx.offset,
+            self._address(request.topk_idx), self._address(request.topk_weights),
+            self._address(request.is_token_in_rank), self._address(request.num_tokens_per_expert),
+            address, address + 4 * parts.dst_row, 0 if plan.is_expanded else address + 4 * parts.matrix,
+            address + 4 * parts.psum, address + 4 * parts.counts, address + 4 * parts.psum_experts,
+            0 if request.routing is not None else self._address(request.cumulative_local_expert_recv_stats),
+            pointer(request.wait_recv_cost_stats),
+        )  # fmt: skip
         return block
 
     def _views(self, block: torch.Tensor) -> _Outputs:
@@ -182,60 +180,76 @@ class _Dispatch:
             self.aligned = self.engine.aligned_counts(self.plan.num_local_experts, self.request.expert_alignment)
         return self.aligned
 
-    def _copies(self) -> Iterator[tuple[int, int, int]]:
+    def _copies(self) -> list[tuple[int, int, int]]:
         """List what is to be copied into the window: target, source, bytes."""
-        args, base = self.args, self.engine.memory.base
-        places = ((args.rows_offset, args.x), (args.sf_offset, args.sf))
-        for (offset, source), num_bytes in zip(places, self.plan.copied, strict=True):
-            if num_bytes:
-                yield base + offset, source, num_bytes
+        args, base, (num_row_bytes, num_sf_bytes) = self.args, self.engine.memory.base, self.plan.copied
+        copies = []
+        if num_row_bytes:
+            copies.append((base + args.rows_offset, args.x, num_row_bytes))
+        if num_sf_bytes:
+            copies.append((base + args.sf_offset, args.sf, num_sf_bytes))
+        return copies
 
     def _notify(self) -> None:
         plan, args = self.plan, self.args
         args.cut = plan.notify_cut
-        self.engine.launch(kernels.NOTIFY, plan.num_sms, plan.notify_threads, plan.notify_smem, args)
+        self.engine.launch(kernels.NOTIFY, plan.num_sms, plan.notify_threads, plan.notify_smem, args, self.stream)
         args.cut = plan.args.cut
 
     def _fetch(self) -> None:
         plan = self.plan
         spec = kernels.DISPATCH_EXPANDED if plan.is_expanded else kernels.DISPATCH_COMPACT
-        self.engine.launch(spec, plan.num_sms, plan.pull_threads, plan.pull_smem, self.args)
+        self.engine.launch(spec, plan.num_sms, plan.pull_threads, plan.pull_smem, self.args, self.stream)
 
     def _receive(self, num_rows: int, *, is_cleared: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Allocate payload and scale factors."""
-        plan, args = self.plan, self.args
+        plan = self.plan
         make = torch.zeros if is_cleared else torch.empty if plan.is_exact else empty
         recv_x = make((num_rows, plan.args.hidden), dtype=plan.recv_dtype, device=self.device)
-        args.recv_x = recv_x.data_ptr()
         if plan.sf_dtype is None:
             return recv_x, None
-        recv_sf = make((num_rows, plan.args.num_sf), dtype=plan.sf_dtype, device=self.device)
-        args.recv_sf = recv_sf.data_ptr()
-        return recv_x, recv_sf
+        return recv_x, make((num_rows, plan.args.num_sf), dtype=plan.sf_dtype, device=self.device)
 
     def _receive_metadata(self, num_compact: int, num_rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Allocate what says where rows come from, as one block, and weights.
 
         Weights stand alone: users may put them through autograd, which treats a view in its own way.
         """
-        plan, args = self.plan, self.args
+        plan = self.plan
         num_entries = num_compact * plan.num_topk
         # Top-k numbers or expanded rows first, then token numbers.
         if plan.is_expanded:
             block = torch.empty(num_entries + num_compact, dtype=torch.int32, device=self.device)
-            args.expanded_row, num_bytes = block.data_ptr(), 4 * num_entries
         else:
             block = torch.empty(num_entries + (num_compact + 1) // 2, dtype=torch.int64, device=self.device)
-            num_bytes = 8 * num_entries
-            if plan.num_topk:
-                args.recv_topk_idx = block.data_ptr()
-        args.recv_src_token = block.data_ptr() + num_bytes
         weights = None
         if self.request.topk_weights is not None:
             shape = (num_rows,) if plan.is_expanded else (num_compact, plan.num_topk)
             weights = torch.empty(shape, dtype=torch.float32, device=self.device)
-            args.recv_topk_weights = weights.data_ptr()
         return block, weights
+
+    def _point_to_metadata(
+        self, recv_x: torch.Tensor, recv_sf: torch.Tensor | None, block: torch.Tensor, weights: torch.Tensor | None,
+        num_compact: int,
+    ) -> None:  # fmt: skip
+        """Point to all that is received."""
+        plan, address = self.plan, block.data_ptr()
+        src_token = address + num_compact * plan.num_topk * block.element_size()
+        if plan.is_expanded:
+            self._point_to_received(recv_x, recv_sf, src_token, address, weights=weights)
+        else:
+            topk_idx = address if plan.num_topk else 0
+            self._point_to_received(recv_x, recv_sf, src_token, topk_idx=topk_idx, weights=weights)
+
+    def _point_to_received(
+        self, recv_x: torch.Tensor, recv_sf: torch.Tensor | None, src_token: int, expanded_row: int = 0,
+        topk_idx: int = 0, weights: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Point the kernel that fetches to its outputs."""
+        write_received(
+            self.args, DispatchArgs.recv_x.offset, recv_x.data_ptr(), pointer(recv_sf), topk_idx, pointer(weights),
+            src_token, expanded_row,
+        )  # fmt: skip
 
     def _metadata_views(
         self, block: torch.Tensor, num_compact: int
@@ -249,13 +263,14 @@ class _Dispatch:
         src_token = block.view(torch.int32).as_strided((num_compact,), (1,), 2 * num_entries)
         return src_token, None, block.as_strided(shape, strides) if num_topk else None
 
-    def _point(self, name: str, tensor: torch.Tensor | None) -> None:
+    def _address(self, tensor: torch.Tensor | None) -> int:
+        """Give where a contiguous tensor begins, or a copy of another one, which lives as long as this dispatch."""
         if tensor is None:
-            return
+            return 0
         if not tensor.is_contiguous():
             tensor = tensor.contiguous()
             self.keep.append(tensor)
-        setattr(self.args, name, tensor.data_ptr())
+        return tensor.data_ptr()
 
 
 def _as_kernels_take_it(request: DispatchRequest) -> DispatchRequest:

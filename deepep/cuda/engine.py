@@ -93,7 +93,8 @@ class Engine:
         return Copies(self.device)
 
     def stream(self) -> int:
-        """Give the handle of torch's current stream."""
+        """Give the handle of torch's current stream, for launches by this thread."""
+        driver.ensure_context(self.device)
         return current_stream(self.device)
 
     def num_sms(self, wanted: int) -> int:
@@ -106,14 +107,15 @@ class Engine:
             self.plans.clear()
         self.plans[key] = plan
 
-    def begin(self) -> None:
-        """Let what is launched next on the current stream wait for calls on other streams."""
-        driver.ensure_context(self.device)
-        self.order.enter(self.stream())
+    def begin(self) -> int:
+        """Let what is launched next on the current stream wait for calls on other streams; gives the stream."""
+        stream = self.stream()
+        self.order.enter(stream)
+        return stream
 
-    def prepare(self, window: Window, num_experts: int) -> None:
-        """Begin: wait for calls on other streams, and fill in scratch memory and the ticket that marks host words."""
-        self.begin()
+    def prepare(self, window: Window, num_experts: int) -> int:
+        """Begin, and fill in scratch memory and the ticket that marks host words; gives the stream."""
+        stream = self.begin()
         self._ticket = self._ticket % 0xFFFFFFFF + 1
         window.ticket = self._ticket
         scratch = self._scratch.get(num_experts)
@@ -123,6 +125,7 @@ class Engine:
             scratch = torch.empty(num_words, dtype=torch.int32, device=f"cuda:{self.device}")
             self._scratch[num_experts] = scratch
         window.scratch = scratch.data_ptr()
+        return stream
 
     @contextlib.contextmanager
     def refusing(self) -> Iterator[None]:
@@ -133,15 +136,15 @@ class Engine:
             self.barrier_launch(is_refusal=True)
             raise
 
-    def launch(self, spec: jit.KernelSpec, num_sms: int, num_threads: int, smem: int, args: ctypes.Structure) -> None:
-        """Start a kernel on torch's current stream."""
-        driver.ensure_context(self.device)
+    def launch(
+        self, spec: jit.KernelSpec, num_sms: int, num_threads: int, smem: int, args: ctypes.Structure, stream: int
+    ) -> None:
+        """Start a kernel on a stream, see `stream`."""
         handle = self._handles.get(spec.name)
         if handle is None:
             kernel = jit.load(spec, self.device)
             kernel.set_max_smem(self.smem_bytes)
             handle = self._handles[spec.name] = kernel.handle
-        stream = current_stream(self.device)
         self._launch(handle, num_sms, num_threads, smem, stream, ctypes.addressof(args))
         self.order.leave(stream)
 
@@ -181,10 +184,9 @@ class Engine:
 
     def barrier_launch(self, *, is_refusal: bool = False, is_close: bool = False) -> None:
         """Meet all ranks, refuse the running operation towards them, or end a failed one."""
-        self.begin()
         args = BarrierArgs(window=self.window, is_refusal=is_refusal, is_close=is_close)
         args.header[0] = op_word("barrier")
-        self.launch(kernels.BARRIER, 1, kernels.BARRIER_THREADS, 0, args)
+        self.launch(kernels.BARRIER, 1, kernels.BARRIER_THREADS, 0, args, self.begin())
 
     @property
     def ring_bytes(self) -> int:

@@ -35,6 +35,11 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def pointer(tensor: torch.Tensor | None) -> int:
+    """Give the address of a tensor, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 class Runtime(Protocol):
     """What both runtimes offer."""
 

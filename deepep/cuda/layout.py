@@ -63,7 +63,7 @@ class LayoutCounter:
             num_tokens, num_topk, num_experts, num_ranks, self._ranks_per_host, num_hosts,
         )  # fmt: skip
         num_blocks = max(1, min(-(-num_tokens // _TILE_TOKENS), _MOST_BLOCKS))
-        engine.launch(LAYOUT, num_blocks, _NUM_THREADS, 4 * num_columns, args)
+        engine.launch(LAYOUT, num_blocks, _NUM_THREADS, 4 * num_columns, args, engine.stream())
         return DispatchLayout(per_rank, per_host, per_expert, in_rank)
 
     def _zeroed(self, num_words: int, device: torch.device) -> torch.Tensor:

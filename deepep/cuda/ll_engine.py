@@ -24,7 +24,7 @@ from deepep.backends.base import (
 )
 from deepep.cuda import driver, jit, ll_structs
 from deepep.cuda.call_order import CallOrder
-from deepep.cuda.launch import aligned, current_stream, runtime
+from deepep.cuda.launch import aligned, current_stream, pointer, runtime
 from deepep.cuda.ll_grid import Grids
 from deepep.cuda.ll_plan import CombinePlan, DispatchPlan, Launch
 from deepep.cuda.ll_state import LlRouting, NextBlock, Sent, identity
@@ -136,10 +136,10 @@ class LowLatencyEngine:
         sources, home_topk, routes, route_weights, layout_range, src_info, recv_count, recv_sf, _ = plan.parts
         addresses = (at, at + sources, at + home_topk, at + routes, at + route_weights)
         ll_structs.write_dispatch_call(
-            plan.args, ll_structs.CALL_OFFSET, _pointer(request.wait_recv_cost_stats), *addresses,
-            x.data_ptr(), _pointer(request.topk_idx), _pointer(request.topk_weights), recv_x.data_ptr(),
+            plan.args, ll_structs.CALL_OFFSET, pointer(request.wait_recv_cost_stats), *addresses,
+            x.data_ptr(), pointer(request.topk_idx), pointer(request.topk_weights), recv_x.data_ptr(),
             at + recv_sf, at + recv_count, at + src_info, at + layout_range,
-            _pointer(request.cumulative_local_expert_recv_stats),
+            pointer(request.cumulative_local_expert_recv_stats),
         )  # fmt: skip
         self._launch(plan.launch, stream)
         # All else is made while the kernel runs.
@@ -178,9 +178,9 @@ class LowLatencyEngine:
             out = torch.empty_like(plan.out)
         epoch = torch.empty(1, dtype=torch.int32, device=device) if split_phases else None
         ll_structs.write_combine_call(
-            plan.args, ll_structs.CALL_OFFSET, _pointer(request.wait_recv_cost_stats), *routing.addresses,
-            x.data_ptr(), _pointer(request.scale_topk_idx), _pointer(request.scale_topk_weights), out.data_ptr(),
-            _pointer(epoch),
+            plan.args, ll_structs.CALL_OFFSET, pointer(request.wait_recv_cost_stats), *routing.addresses,
+            x.data_ptr(), pointer(request.scale_topk_idx), pointer(request.scale_topk_weights), out.data_ptr(),
+            pointer(epoch),
         )  # fmt: skip
         stream = current_stream(self.device)
         self._launch(plan.launch, stream)
@@ -261,7 +261,3 @@ class _SecondPhase:
             # Memory of what is let go of now must not be given away before this stream has read it.
             for tensor in tensors_in(self.kept):
                 tensor.record_stream(torch.cuda.current_stream(engine.device))
-
-
-def _pointer(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

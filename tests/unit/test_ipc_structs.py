@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from typing import Any
 
 import pytest
 
@@ -63,3 +64,20 @@ def test_constants_agree(constant: str, value: int) -> None:
 def test_kernel_parameters_fit_the_limit() -> None:
     assert ctypes.sizeof(arguments.DispatchArgs) <= 4096
     assert ctypes.sizeof(arguments.CombineArgs) <= 4096
+
+
+@pytest.mark.parametrize(
+    ("args", "write", "first", "last"),
+    [
+        (arguments.DispatchArgs, arguments.write_routing, "topk_idx", "wait_stats"),
+        (arguments.DispatchArgs, arguments.write_received, "recv_x", "expanded_row"),
+        (arguments.CombineArgs, arguments.write_combine, "x", "expanded_row"),
+    ],
+)
+def test_pointers_are_written_side_by_side_and_nothing_else_is(args: Any, write: Any, first: str, last: str) -> None:
+    names = [field[0] for field in args._fields_]
+    written = names[names.index(first) : names.index(last) + 1]
+    struct = args()
+    write(struct, getattr(args, first).offset, *range(1, len(written) + 1))
+    assert [getattr(struct, name) for name in written] == [*range(1, len(written) + 1)]
+    assert bytes(struct).count(0) == ctypes.sizeof(args) - len(written)
