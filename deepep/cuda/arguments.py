@@ -117,16 +117,15 @@ class BarrierArgs(ctypes.Structure):
     ]
 
 
-def _writer(first: Any, last: Any) -> Callable[..., None]:
-    """Give what writes neighbouring members of 8 bytes at once: it takes a struct, the offset of the first, values."""
+def writer(first: Any, last: Any) -> Callable[..., None]:
+    """Give what writes neighbouring members of 8 bytes at once: it takes a struct, the offset of the first, values.
+
+    Member by member takes twice as long.
+    """
     return struct.Struct(f"{(last.offset + last.size - first.offset) // 8}Q").pack_into
 
 
-write_routing = _writer(DispatchArgs.topk_idx, DispatchArgs.wait_stats)
-"""From `topk_idx` to `wait_stats`. Member by member takes twice as long."""
-
-write_received = _writer(DispatchArgs.recv_x, DispatchArgs.expanded_row)
-"""From `recv_x` to `expanded_row`."""
-
-write_combine = _writer(CombineArgs.x, CombineArgs.expanded_row)
+write_routing = writer(DispatchArgs.topk_idx, DispatchArgs.wait_stats)
+"""From `topk_idx` to `wait_stats`."""
+write_combine = writer(CombineArgs.x, CombineArgs.expanded_row)
 """From `x` to `expanded_row`."""

@@ -13,7 +13,7 @@ import torch
 from deepep import quant
 from deepep.backends.base import DispatchRequest, DispatchResult, Routing
 from deepep.cuda import kernels
-from deepep.cuda.arguments import DispatchArgs, write_received, write_routing
+from deepep.cuda.arguments import DispatchArgs, write_routing
 from deepep.cuda.dispatch_plan import Plan, plan_of
 from deepep.cuda.engine import Engine
 from deepep.cuda.launch import aligned, pointer
@@ -81,15 +81,15 @@ class _Dispatch:
 
     def _repeat(self, routing: Routing) -> DispatchResult:
         """Fetch along a known routing."""
-        args, expanded_row = self.args, routing.expanded_row
+        args = self.args
         args.psum_ranks = routing.psum_num_recv_tokens_per_rank.data_ptr()
-        if self.request.wait_recv_cost_stats is not None:
-            args.wait_stats = self.request.wait_recv_cost_stats.data_ptr()
-        if expanded_row is not None:
-            args.num_topk = expanded_row.shape[1]
+        args.recv_src_token = routing.recv_src_token.data_ptr()
+        args.wait_stats = pointer(self.request.wait_recv_cost_stats)
+        if routing.expanded_row is not None:
+            args.expanded_row = routing.expanded_row.data_ptr()
+            args.num_topk = routing.expanded_row.shape[1]
         # Nothing says here which rows stay empty.
         recv_x, recv_sf = self._receive(routing.num_rows, is_cleared=self.request.do_zero_padding)
-        self._point_to_received(recv_x, recv_sf, routing.recv_src_token.data_ptr(), pointer(expanded_row))
         for target, source, num_bytes in self._copies():
             self.engine.copies.copy(target, source, num_bytes, self.stream)
         self._fetch()
@@ -110,7 +110,6 @@ class _Dispatch:
         try:
             recv_x, recv_sf = self._receive(num_rows, is_cleared=False)
             metadata, weights = self._receive_metadata(num_compact, num_rows)
-            self._point_to_metadata(recv_x, recv_sf, metadata, weights, num_compact)
         except BaseException:  # out of memory: this rank is through, and the others need not wait for it to say so
             self.engine.barrier_launch(is_close=True)
             raise
@@ -203,53 +202,39 @@ class _Dispatch:
 
     def _receive(self, num_rows: int, *, is_cleared: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Allocate payload and scale factors."""
-        plan = self.plan
+        plan, args = self.plan, self.args
         make = torch.zeros if is_cleared else torch.empty if plan.is_exact else empty
         recv_x = make((num_rows, plan.args.hidden), dtype=plan.recv_dtype, device=self.device)
+        args.recv_x = recv_x.data_ptr()
         if plan.sf_dtype is None:
             return recv_x, None
-        return recv_x, make((num_rows, plan.args.num_sf), dtype=plan.sf_dtype, device=self.device)
+        recv_sf = make((num_rows, plan.args.num_sf), dtype=plan.sf_dtype, device=self.device)
+        args.recv_sf = recv_sf.data_ptr()
+        return recv_x, recv_sf
 
     def _receive_metadata(self, num_compact: int, num_rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Allocate what says where rows come from, as one block, and weights.
 
         Weights stand alone: users may put them through autograd, which treats a view in its own way.
         """
-        plan = self.plan
+        plan, args = self.plan, self.args
         num_entries = num_compact * plan.num_topk
         # Top-k numbers or expanded rows first, then token numbers.
         if plan.is_expanded:
             block = torch.empty(num_entries + num_compact, dtype=torch.int32, device=self.device)
+            args.expanded_row, num_bytes = block.data_ptr(), 4 * num_entries
         else:
             block = torch.empty(num_entries + (num_compact + 1) // 2, dtype=torch.int64, device=self.device)
+            num_bytes = 8 * num_entries
+            if plan.num_topk:
+                args.recv_topk_idx = block.data_ptr()
+        args.recv_src_token = block.data_ptr() + num_bytes
         weights = None
         if self.request.topk_weights is not None:
             shape = (num_rows,) if plan.is_expanded else (num_compact, plan.num_topk)
             weights = torch.empty(shape, dtype=torch.float32, device=self.device)
+            args.recv_topk_weights = weights.data_ptr()
         return block, weights
-
-    def _point_to_metadata(
-        self, recv_x: torch.Tensor, recv_sf: torch.Tensor | None, block: torch.Tensor, weights: torch.Tensor | None,
-        num_compact: int,
-    ) -> None:  # fmt: skip
-        """Point to all that is received."""
-        plan, address = self.plan, block.data_ptr()
-        src_token = address + num_compact * plan.num_topk * block.element_size()
-        if plan.is_expanded:
-            self._point_to_received(recv_x, recv_sf, src_token, address, weights=weights)
-        else:
-            topk_idx = address if plan.num_topk else 0
-            self._point_to_received(recv_x, recv_sf, src_token, topk_idx=topk_idx, weights=weights)
-
-    def _point_to_received(
-        self, recv_x: torch.Tensor, recv_sf: torch.Tensor | None, src_token: int, expanded_row: int = 0,
-        topk_idx: int = 0, weights: torch.Tensor | None = None,
-    ) -> None:  # fmt: skip
-        """Point the kernel that fetches to its outputs."""
-        write_received(
-            self.args, DispatchArgs.recv_x.offset, recv_x.data_ptr(), pointer(recv_sf), topk_idx, pointer(weights),
-            src_token, expanded_row,
-        )  # fmt: skip
 
     def _metadata_views(
         self, block: torch.Tensor, num_compact: int

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import struct
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from deepep.cuda.arguments import writer
 from deepep.cuda.jit import KernelSpec
 from deepep.errors import InvalidArgument
 from deepep.layout import align
@@ -123,15 +122,10 @@ class LlCombineArgs(ctypes.Structure):
 CALL_OFFSET = LlCommon.wait_stats.offset
 """From here on lie the pointers of a call, those that all kernels take and then those of one; see the two below."""
 
+write_dispatch_call = writer(LlCommon.wait_stats, LlDispatchArgs.recv_stats)
+"""Write them at once, from `wait_stats` to `recv_stats`."""
 
-def _writer(last: Any) -> Callable[..., None]:
-    return struct.Struct(f"{(last.offset + last.size - CALL_OFFSET) // 8}Q").pack_into
-
-
-write_dispatch_call = _writer(LlDispatchArgs.recv_stats)
-"""Write them at once, from `wait_stats` to `recv_stats`: member by member takes twice as long."""
-
-write_combine_call = _writer(LlCombineArgs.combine_epoch)
+write_combine_call = writer(LlCommon.wait_stats, LlCombineArgs.combine_epoch)
 """The same from `wait_stats` to `combine_epoch`."""
 
 

@@ -70,7 +70,6 @@ def test_kernel_parameters_fit_the_limit() -> None:
     ("args", "write", "first", "last"),
     [
         (arguments.DispatchArgs, arguments.write_routing, "topk_idx", "wait_stats"),
-        (arguments.DispatchArgs, arguments.write_received, "recv_x", "expanded_row"),
         (arguments.CombineArgs, arguments.write_combine, "x", "expanded_row"),
     ],
 )
