@@ -6,25 +6,21 @@ The functions that run on the ranks are pickled by name, so they live at the top
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import os
 import pickle
 import queue
-import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 from types import TracebackType
 from typing import Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from deepep.testing import whereabouts
-from deepep.testing.worker import LEAVE, work
+from deepep.testing.rank_process import RankProcess
+from deepep.testing.worker import LEAVE
 
 # After one rank has failed its peers may wait for it in vain: how long they get to answer, seconds.
 _GRACE = 15.0
@@ -66,14 +62,12 @@ class Workers:
         self.num_ranks = num_ranks
         self._setup = (backend, device, timeout)
         self._timeout = timeout
-        self._processes: list[SpawnProcess] = []
-        self._connections: list[Connection] = []
-        self._whereabouts: list[Connection] = []
+        self._ranks: list[RankProcess] = []
         self._exchanges: list[threading.Thread] = []
         self._store: TCPStore | None = None
 
     def __enter__(self) -> Workers:
-        if not self._processes:
+        if not self._ranks:
             self._start()
         return self
 
@@ -85,7 +79,7 @@ class Workers:
     @property
     def pids(self) -> list[int]:
         """The process id of every rank, e.g. to kill one in a test."""
-        return [process.pid or 0 for process in self._processes]
+        return [rank.process.pid or 0 for rank in self._ranks]
 
     def run(
         self,
@@ -113,7 +107,7 @@ class Workers:
             Exception: what a rank raised, with a `WorkerError` holding rank and traceback as its cause. The ranks stay
                 usable unless one of them still does not answer some seconds later.
         """
-        if not self._processes:
+        if not self._ranks:
             self._start()
         replies = self._ask(pickle.dumps((fn, args)), timeout, allow_dead or return_exceptions, allow_dead)
         return [_unwrap(reply, return_exceptions) for reply in _failures_first(replies, return_exceptions)]
@@ -121,13 +115,13 @@ class Workers:
     def close(self) -> None:
         """Ends the processes: politely at first, then by SIGKILL. May be called twice."""
         try:
-            for connection in self._connections:
+            for rank in self._ranks:
                 with contextlib.suppress(OSError):
-                    connection.send_bytes(LEAVE)
+                    rank.connection.send_bytes(LEAVE)
             limit = time.monotonic() + 3.0
-            for process in self._processes:
+            for rank in self._ranks:
                 # A stopped process will never leave by itself, and one that failed to answer has been killed before.
-                process.join(max(0.0, limit - time.monotonic()))
+                rank.process.join(max(0.0, limit - time.monotonic()))
         finally:
             self._kill()
 
@@ -136,25 +130,13 @@ class Workers:
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         try:
             for rank in range(self.num_ranks):
-                self._start_rank((rank, self.num_ranks, self._store.port))
+                self._ranks.append(RankProcess((rank, self.num_ranks, self._store.port), self._setup))
+                self._ranks[rank].start()
             for reply in self._ask(None, self._timeout, patient=False, allow_dead=False):
                 _unwrap(reply, return_exceptions=False)
         except BaseException:
             self._kill()  # ranks that are not in a group are of no use, and `__exit__` will not be called
             raise
-
-    def _start_rank(self, place: tuple[int, int, int]) -> None:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        told, telling = context.Pipe(duplex=False)
-        self._connections.append(ours)
-        self._whereabouts.append(told)
-        with theirs, telling, _single_threaded():
-            process = context.Process(
-                target=work, args=(theirs, telling, place, self._setup), daemon=True, name=f"deepep-rank-{place[0]}"
-            )
-            self._processes.append(process)
-            process.start()
 
     def _ask(self, job: bytes | None, timeout: float, patient: bool, allow_dead: bool) -> list[_Reply]:
         """Sends `job` (None: nothing) and waits for one reply per rank; whatever it raises, all ranks are gone then.
@@ -166,8 +148,8 @@ class Workers:
         replies: dict[int, _Reply] = {}
         try:
             self._exchanges = [
-                threading.Thread(target=_exchange, args=(connection, job, rank, arrived), daemon=True)
-                for rank, connection in enumerate(self._connections)
+                threading.Thread(target=one.exchange, args=(job, rank, arrived), daemon=True)
+                for rank, one in enumerate(self._ranks)
             ]
             for exchange in self._exchanges:
                 exchange.start()
@@ -187,8 +169,9 @@ class Workers:
 
     def _read(self, rank: int, data: bytes | None) -> _Reply:
         if data is None:
-            self._processes[rank].join(5.0)
-            return _Reply(rank, "dead", DeadWorker(rank, self._processes[rank].exitcode))
+            process = self._ranks[rank].process
+            process.join(5.0)
+            return _Reply(rank, "dead", DeadWorker(rank, process.exitcode))
         try:
             return _Reply(rank, *pickle.loads(data))
         except Exception as error:  # noqa: BLE001  the other ranks' replies are still to be collected
@@ -203,26 +186,25 @@ class Workers:
         if silent:
             notes.append(f"rank(s) {', '.join(map(str, silent))} did not answer (limit {timeout:g} s)")
         notes += [f"rank {reply.rank} raised:\n{reply.trace}" for reply in replies.values() if reply.status == "error"]
-        stacks = whereabouts.ask({rank: (self.pids[rank], self._whereabouts[rank]) for rank in silent})
+        stacks = whereabouts.ask({rank: (self.pids[rank], self._ranks[rank].told) for rank in silent})
         raise WorkerError("; ".join(notes)) from (WorkerError(stacks) if stacks else None)
 
     def _kill(self) -> None:
-        processes = [process for process in self._processes if process.pid is not None]
-        connections, told, exchanges = self._connections, self._whereabouts, self._exchanges
-        # At once: a second Ctrl-C may cut this short.
-        self._processes, self._connections, self._whereabouts, self._exchanges = [], [], [], []
-        for process in processes:
+        ranks, exchanges = self._ranks, self._exchanges
+        self._ranks, self._exchanges = [], []  # at once: a second Ctrl-C may cut this short
+        started = [rank.process for rank in ranks if rank.process.pid is not None]
+        for process in started:
             process.kill()
-        for process in processes:
+        for process in started:
             process.join()
             process.close()
-        for connection in connections:
-            _shut_down(connection)
+        for rank in ranks:
+            rank.shut_down()
         for exchange in exchanges:
             if exchange.is_alive():
                 exchange.join()
-        for connection in connections + told:
-            connection.close()
+        for rank in ranks:
+            rank.close()
         self._store = None
 
 
@@ -256,22 +238,6 @@ class _Reply:
         return self.status != "ok"
 
 
-def _exchange(connection: Connection, job: bytes | None, rank: int, arrived: queue.SimpleQueue[Any]) -> None:
-    """Runs in a thread: a rank that is stopped or stuck blocks a full pipe, and half a reply, beyond any deadline."""
-    try:
-        if job is not None:
-            connection.send_bytes(job)
-        arrived.put((rank, connection.recv_bytes()))
-    except (EOFError, OSError):
-        arrived.put((rank, None))
-
-
-def _shut_down(connection: Connection) -> None:
-    # Wakes the thread that sends or receives, even where a child of the rank still holds the other end open.
-    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as pipe:
-        pipe.shutdown(socket.SHUT_RDWR)
-
-
 def _failures_first(replies: list[_Reply], return_exceptions: bool) -> list[_Reply]:
     errors = [reply for reply in replies if reply.status == "error"]
     # Ranks that raised something of their own tell more than ranks that only waited for them in vain.
@@ -289,17 +255,3 @@ def _unwrap(reply: _Reply, return_exceptions: bool) -> Any:
     if return_exceptions:
         return reply.value
     raise reply.value
-
-
-@contextlib.contextmanager
-def _single_threaded() -> Iterator[None]:
-    # The OpenMP pool is sized while torch is imported, before any code of ours runs in the child.
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
