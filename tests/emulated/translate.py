@@ -31,8 +31,8 @@ _PTX = (
         r"{ \.reg \.b128 v; ld\.relaxed\.sys\.global\.b128 v, \[%2\]; mov\.b128 {%0, %1}, v; }",
         "uint64_t halves[2]; emu::yield(); memcpy(halves, %2, 16); %0 = halves[0], %1 = halves[1];",
     ),
-    (r"bar\.sync %0, %1;", "emu::barrier(%0, %1);"),
-    (r"bar\.arrive %0, %1;", "emu::arrive(%0, %1);"),
+    (r"barrier\.sync %0, %1;", "emu::barrier(%0, %1);"),
+    (r"barrier\.arrive %0, %1;", "emu::arrive(%0, %1);"),
     (
         r"{ \.reg \.pred mine, some; setp\.ne\.u32 mine, %1, 0; bar\.red\.or\.pred some, %2, %3, mine; .*}",
         "%0 = emu::barrier(%2, %3, %1 != 0);",

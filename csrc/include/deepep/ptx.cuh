@@ -88,23 +88,19 @@ __device__ __forceinline__ void store_stream(Vec16* address, const Vec16& v) {
                  : "memory");
 }
 
-// Some of the CTA's warps, by one of its 16 barriers; num_threads is a multiple of 32. Hardware counts warps, wherever
-// they come from. PTX wants barrier.sync where that is not one place, and compute-sanitizer's synccheck goes by PTX:
-// kernels under the debug switch have it. Others keep bar.sync, which has run for long: with barrier.sync a test hung
-// once on a GPU, and why is not known.
+// Some of the CTA's warps, by one of its 16 barriers; num_threads is a multiple of 32. Warps may come from different
+// places, hence not bar.sync, which is short for barrier.sync.aligned. Lanes may come one by one, and are brought
+// together first: PTX does not ask for it, but without it a test hung, some lanes of a warp gone on, the others left
+// behind (docs/experiments.md).
 __device__ __forceinline__ void sync_threads(uint32_t barrier, uint32_t num_threads) {
-    if constexpr (kChecksIndices) {
-        asm volatile("barrier.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
-    } else {
-        __syncwarp();  // the barrier takes whole warps
-        asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
-    }
+    __syncwarp();
+    asm volatile("barrier.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
 }
 
 // Come to such a barrier, and do not wait for the others.
 __device__ __forceinline__ void arrive_threads(uint32_t barrier, uint32_t num_threads) {
     __syncwarp();
-    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
+    asm volatile("barrier.arrive %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
 }
 
 // Wait for them, all in one place, and learn whether it is so for any of these threads. Nothing in shared memory is

@@ -9,7 +9,7 @@
 
 namespace deepep {
 
-// The debug switch: look at every index before it is used, and meet at barriers as synccheck wants it (sync_threads).
+// The debug switch: look at every index before it is used.
 constexpr bool kChecksIndices = DEEPEP_CHECK_INDICES != 0;
 
 constexpr int kWarpSize = 32;
